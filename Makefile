@@ -1,0 +1,54 @@
+# make demo   train a small DINO on generated images, evaluate it, draw its detections
+# make test   the whole test suite
+# make check  formatters, linter, suite
+# Set-up happens on the first call: a virtual environment in .venv that sees the packages of $(PYTHON),
+# the missing dependencies, the compiled operators, and Detectron2 if it can be had.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+NATIVE := $(shell find ops -type f -name '*.[hc]*')
+
+.PHONY: demo test check format setup clean
+
+demo: setup
+	$(RUN) -m dino_d2.tools.demo --out output/demo
+
+test: setup
+	$(RUN) -m pytest
+
+check: setup
+	$(RUN) -m pip install --quiet -e '.[dev]' --no-build-isolation
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE) $(shell find tests -name '*.cpp' -o -name '*.h')
+	$(RUN) -m pytest
+
+format:
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE) $(shell find tests -name '*.cpp' -o -name '*.h')
+
+setup: $(VENV)/.ready $(VENV)/.detectron2
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+
+$(VENV)/.ready: pyproject.toml setup.py $(NATIVE) | $(VENV)/bin/python
+	@echo 'Setting up $(VENV): dependencies and compiled operators...'
+	@$(RUN) -m pip install --quiet 'setuptools>=77' wheel
+	@$(RUN) -m pip install --quiet --no-build-isolation -e '.[test]'
+	@touch $@
+
+# Optional, and tried once per change of its pin in pyproject.toml.
+$(VENV)/.detectron2: pyproject.toml | $(VENV)/.ready
+	@$(RUN) -c 'import detectron2' 2>/dev/null || { \
+	  echo 'Installing Detectron2 from its repository (optional, takes minutes)...'; \
+	  GIT_TERMINAL_PROMPT=0 $(RUN) -m pip install --quiet --no-build-isolation -e '.[detectron2]' \
+	    >$(VENV)/detectron2.log 2>&1; } || echo 'Detectron2 could not be installed; the log is in' \
+	    '$(VENV)/detectron2.log. All that does not need it works without it: the tests that do are' \
+	    'skipped, and the demo trains the same model in plain PyTorch. To try again, delete $@.'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist output *.egg-info dino_d2/*.so dino_d2/_build.json

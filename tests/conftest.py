@@ -1,0 +1,42 @@
+"""Markers that skip with a plain reason, and fixtures shared by all tests."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_d2.ops import load_native
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, on the PATH or where CUDA_HOME or the usual place has it."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    paths = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    return next((str(path) for path in paths if path.is_file()), shutil.which("nvcc"))
+
+
+REASONS = {
+    "detectron2": (
+        lambda: importlib.util.find_spec("detectron2") is not None,
+        "Detectron2 is not installed",
+    ),
+    "cuda": (torch.cuda.is_available, "there is no CUDA device"),
+    "nvcc": (lambda: find_nvcc() is not None, "there is no CUDA compiler (nvcc)"),
+    "compiled": (lambda: load_native().loaded, f"no compiled operators: {load_native().reason}"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    absent = {name: reason for name, (present, reason) in REASONS.items() if not present()}
+    for item in items:
+        for name, reason in absent.items():
+            if name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
