@@ -18,7 +18,7 @@ from dino_d2.ops.ms_deform_attn import (
     ms_deform_attn_pytorch,
 )
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "ops" / "ms_deform_attn.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dino" / "ms_deform_attn" / "out.npz")
 GOLDEN_CASES = sorted({name.split(".")[0] for name in GOLDEN.files})
 SHAPES = [(5, 8), (3, 2), (1, 4)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

@@ -1,0 +1,106 @@
+"""Weights of other repositories, renamed to ours."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..data.coco import COCO_CATEGORY_IDS
+from .backbones import common_names
+from .io import CheckpointError
+from .load import check_names, translate_backbone
+from .names import OFFICIAL_DINO, detrex_dino, rename
+
+# Settings in which a detector must differ from `build_dino`'s defaults to run the weights.
+DETREX_SETTINGS = {
+    "share_heads": False,
+    "position_temperature": 10000,
+    "position_offset": -0.5,
+}
+
+SOURCES = {"dino": lambda names: OFFICIAL_DINO, "detrex": detrex_dino}
+
+
+def convert(
+    weights: Mapping[str, Tensor],
+    source: str,
+    num_classes: int | None = None,
+    wanted: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Rename the weights of another repository's DINO.
+
+    Args:
+        weights: by their official names, as published.
+        source: where they come from: "dino" (IDEA-Research/DINO) or "detrex".
+        num_classes: 80 picks Detectron2's contiguous COCO classes out of a head for the 91 COCO
+            ids. By default the head stays as it is.
+        wanted: state dict of the model that the result is for. Backbone names follow it, and every
+            name and shape is checked. By default backbones are named as in the shipped configs.
+
+    Raises:
+        CheckpointError: a name is unknown, weights that must be equal differ, or the result does
+            not fit `wanted`.
+    """
+    if source not in SOURCES:
+        raise CheckpointError(f"unknown source {source!r}; known are {', '.join(SOURCES)}")
+    table = SOURCES[source](weights)
+    result = {}
+    for name, tensor in weights.items():
+        target = rename(name, table)
+        if target is None:
+            continue
+        if target in result and not torch.equal(result[target], tensor):
+            raise CheckpointError(f"{name!r} should equal another copy of {target!r}, but does not")
+        result[target] = tensor
+    result = _merge_shared_heads(result) if source == "dino" else result
+    result = _fit_classes(result, num_classes)
+    if wanted is None:
+        return _name_backbone_as_shipped(result)
+    result = translate_backbone(result, wanted)
+    check_names(result, wanted, (), ("backbone.norms.stride4.*", "backbone.norm0.*"))
+    return {name: tensor for name, tensor in result.items() if name in wanted}
+
+
+def _merge_shared_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official heads have a name per layer and are one; keep the first if all are equal."""
+    result = {}
+    for name, tensor in weights.items():
+        first = name
+        for kind in ("heads.class_heads.", "heads.box_heads."):
+            if name.startswith(kind):
+                first = kind + "0." + name.removeprefix(kind).split(".", 1)[1]
+        if not torch.equal(weights[first], tensor):
+            return weights  # one pair of heads per layer
+        result[first] = tensor
+    return result
+
+
+def _fit_classes(weights: dict[str, Tensor], num_classes: int | None) -> dict[str, Tensor]:
+    """Cut the unused rows of label embeddings, and pick COCO classes if asked to."""
+    heads = [name for name in weights if "class_head" in name]
+    embedding = "denoising.label_embed.weight"
+    given = len(weights[heads[0]])
+    rows = torch.arange(given)
+    if num_classes not in (None, given):
+        if (given, num_classes) != (91, 80):
+            raise CheckpointError(f"cannot turn {given} classes into {num_classes}")
+        rows = torch.tensor(COCO_CATEGORY_IDS)
+    chosen = [*heads, *([embedding] if embedding in weights else [])]
+    return {**weights, **{name: weights[name][rows] for name in chosen}}
+
+
+def _name_backbone_as_shipped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "backbone."
+    names = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
+    common = common_names(names)
+    in_timm = any(name and name.startswith("stages_") for name in common.values())
+    result = {}
+    for name, tensor in weights.items():
+        if not name.startswith(prefix):
+            result[name] = tensor
+            continue
+        target = common[name.removeprefix(prefix)]
+        if target is not None:
+            body = "body." if in_timm and not target.startswith("norms.") else ""
+            result[prefix + body + target] = tensor
+    return result

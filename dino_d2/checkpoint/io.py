@@ -1,0 +1,125 @@
+"""Reads and writes weight files. Nothing that a file contains is ever executed."""
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_NESTS = ("model", "state_dict", "model_state")  # where repositories put the weights
+
+
+class CheckpointError(RuntimeError):
+    """A weight file cannot be used; the message names the file and the reason."""
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a weight file, on the CPU.
+
+    .safetensors; .pth, .pt and other files of `torch.save`, with `weights_only=True` whatever the
+    environment says; .pkl of Detectron2's model zoo, limited to dictionaries of numpy arrays.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds no weights, or would have to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
+    weights = _find_weights(content)
+    if not weights:
+        raise CheckpointError(f"{path}: there are no weights in this file")
+    return weights
+
+
+def write_weights(weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Write a weight file, .safetensors or .pth as {"model": weights}; whole or not at all."""
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth"):
+        raise CheckpointError(f"{path}: the name must end in .safetensors or .pth")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    # a safetensors file holds every tensor by itself
+    weights = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(weights, unfinished)
+        else:
+            torch.save({"model": weights}, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a valid safetensors file ({error})") from error
+
+
+def _read_torch(path: Path) -> object:
+    # Official checkpoints carry their command line, which is plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).split("\n")[0]
+            raise CheckpointError(
+                f"{path}: refused, because reading it would need more than weights and plain data "
+                f"and could run code ({reason})"
+            ) from error
+        except Exception as error:  # damaged archives fail in many ways
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles dictionaries of numpy arrays and nothing else."""
+
+    _ALLOWED = {
+        ("collections", "OrderedDict"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+    }
+
+    def find_class(self, module, name):
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path) -> object:
+    with path.open("rb") as file:
+        try:
+            return _ArraysOnly(file, encoding="latin1").load()
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path}: refused, because a .pkl file may hold numpy arrays only ({error})"
+            ) from error
+        except Exception as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _find_weights(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    for nest in _NESTS:
+        if isinstance(content.get(nest), Mapping):
+            return _find_weights(content[nest])
+    weights = {
+        name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        for name, value in content.items()
+    }
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}

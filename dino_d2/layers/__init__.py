@@ -1,0 +1,16 @@
+"""Building blocks that every transformer here shares."""
+
+from .attention import DeformableAttention
+from .init import init_transformer, repeat
+from .mlp import MLP, FeedForward
+from .position_encoding import SinePositionEncoding, encode_boxes
+
+__all__ = [
+    "MLP",
+    "DeformableAttention",
+    "FeedForward",
+    "SinePositionEncoding",
+    "encode_boxes",
+    "init_transformer",
+    "repeat",
+]

@@ -1,0 +1,75 @@
+"""Multi-scale deformable attention as a layer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ms_deform_attn
+from ..types import Memory
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Deformable DETR, sec. 4.1, eq. 3).
+
+    B images, Q queries, S tokens, H heads, L levels, P points, D channels.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform attention; each head looks along its own direction, point p at p + 1 pixels."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)  # (H, 2)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1)
+        offsets = directions[:, None, None, :] * steps[None, None, :, None]  # (H, 1, P, 2)
+        offsets = offsets.expand(-1, self.num_levels, -1, -1)
+        self.sampling_offsets.weight.zero_()
+        self.sampling_offsets.bias.copy_(offsets.flatten())
+        for layer, init in (
+            (self.attention_weights, nn.init.zeros_),
+            (self.value_proj, nn.init.xavier_uniform_),
+            (self.output_proj, nn.init.xavier_uniform_),
+        ):
+            init(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """Attend from every query to samples around its reference on every level.
+
+        Args:
+            query: (B, Q, D), positions added.
+            reference: (B, Q, L, 2) points or (B, Q, L, 4) cxcywh boxes, relative to the padded
+                maps. Offsets count in pixels of the level for points, in halves of the box's size
+                per point for boxes.
+            memory: the tokens attended to; tokens of padding count as zero.
+
+        Returns:
+            (B, Q, D)
+        """
+        batch, queries, _ = query.shape
+        samples = (batch, queries, self.num_heads, self.num_levels, self.num_points)
+        value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask.unsqueeze(-1), 0)
+        value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D/H)
+        offsets = self.sampling_offsets(query).view(*samples, 2)
+        weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
+        reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+        if reference.shape[-1] == 2:
+            locations = reference + offsets / memory.level_sizes[:, None]
+        else:
+            scale = reference[..., 2:] * (0.5 / self.num_points)
+            locations = reference[..., :2] + offsets * scale
+        output = ms_deform_attn(value, memory.spatial_shapes, locations, weights)
+        return self.output_proj(output)
