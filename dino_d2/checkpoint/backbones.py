@@ -22,6 +22,11 @@ def _resnet() -> Table:
     return [*table, ("fc.*", None)]
 
 
+def _resnet_classifier() -> Table:
+    """Detectron2's classifiers -> its detectors' backbones"""
+    return [("stem.fc.*", None), ("stem.*", "stem.*"), ("res#.*", "res#.*"), ("linear.*", None)]
+
+
 def _swin() -> Table:
     """timm -> the authors; timm has a stage's downsampling at its start, not at its end"""
     table: Table = [("patch_embed.*", "patch_embed.*")]
@@ -70,7 +75,15 @@ def _vit() -> Table:
     return [*table, ("cls_token", None), ("norm.*", None), ("head.*", None), ("fc_norm.*", None)]
 
 
-_TABLES = (_resnet(), _swin_authors(), _swin(), _convnext(), _convnext_timm(), _vit())
+_TABLES = (
+    _resnet(),
+    _resnet_classifier(),
+    _swin_authors(),
+    _swin(),
+    _convnext(),
+    _convnext_timm(),
+    _vit(),
+)
 
 # Follow from the architecture; never needed and never missed.
 _DERIVED = ("relative_position_index", "attn_mask", "num_batches_tracked")

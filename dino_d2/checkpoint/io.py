@@ -28,16 +28,22 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, holds no weights, or would have to run code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_pickle(path) if path.suffix == ".pkl" else _read_torch(path)
-    weights = _find_weights(content)
+    weights = _find_weights(read_content(path))
     if not weights:
         raise CheckpointError(f"{path}: there are no weights in this file")
     return weights
+
+
+def read_content(path: str | os.PathLike) -> dict:
+    """Everything in a weight file, a trainer's state for example; see `read_weights`."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    readers = {".safetensors": _read_safetensors, ".pkl": _read_pickle}
+    content = readers.get(path.suffix, _read_torch)(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not weights by name")
+    return dict(content)
 
 
 def write_weights(weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
@@ -112,9 +118,7 @@ def _read_pickle(path: Path) -> object:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
-def _find_weights(content: object) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping):
-        return {}
+def _find_weights(content: Mapping) -> dict[str, Tensor]:
     for nest in _NESTS:
         if isinstance(content.get(nest), Mapping):
             return _find_weights(content[nest])

@@ -1,4 +1,100 @@
-"""Facts and checks of COCO-format data."""
+"""COCO-format data without Detectron2."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from ..box_ops import xyxy_to_cxcywh
+from ..types import Detections, Target
 
 # The 80 of the ids 1..90 that COCO uses, in the order of Detectron2's contiguous classes.
 COCO_CATEGORY_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+_AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+class Example(NamedTuple):
+    """One image with its objects."""
+
+    image: Tensor  # (3, h, w) uint8 RGB
+    target: Target
+    image_id: int
+
+
+class CocoBoxes(torch.utils.data.Dataset):
+    """The images and boxes of a COCO-format json; crowd regions are left out.
+
+    Classes are numbered from 0 in the order of the json's category ids.
+    """
+
+    def __init__(self, annotations: str | Path, images: str | Path):
+        content = json.loads(Path(annotations).read_text())
+        self.root = Path(images)
+        self.images = content["images"]
+        self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.category_ids = [category["id"] for category in self.categories]
+        self.objects = {image["id"]: [] for image in self.images}
+        for entry in content["annotations"]:
+            if not entry.get("iscrowd", 0):
+                self.objects[entry["image_id"]].append(entry)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        facts = self.images[index]
+        with Image.open(self.root / facts["file_name"]) as file:
+            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        objects = self.objects[facts["id"]]
+        labels = [self.category_ids.index(entry["category_id"]) for entry in objects]
+        corners = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32)
+        corners = corners.reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        size = torch.tensor([image.shape[2], image.shape[1]] * 2)
+        boxes = xyxy_to_cxcywh((corners / size).clamp(0, 1))
+        target = Target(torch.tensor(labels, dtype=torch.int64), boxes)
+        return Example(image, target, facts["id"])
+
+
+def to_coco_results(
+    detections: Detections, image_ids: list[int], category_ids: list[int]
+) -> list[dict]:
+    """Detections in COCO's result format: one dict with an xywh box for each."""
+    results = []
+    for image_id, scores, labels, boxes in zip(image_ids, *detections, strict=True):
+        x0, y0, x1, y1 = boxes.unbind(-1)
+        xywh = torch.stack([x0, y0, x1 - x0, y1 - y0], -1)
+        for score, label, box in zip(scores.tolist(), labels.tolist(), xywh.tolist(), strict=True):
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": box,
+                    "score": score,
+                }
+            )
+    return results
+
+
+def evaluate_boxes(annotations: str | Path, results: list[dict]) -> dict[str, float]:
+    """COCO's average precision of boxes in percent: AP, AP50, AP75, APs, APm, APl.
+
+    NaN where a figure does not exist, for example APl without large objects.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = [100 * value if value >= 0 else float("nan") for value in evaluation.stats[:6]]
+    return dict(zip(_AP_NAMES, map(float, values), strict=True))

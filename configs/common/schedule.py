@@ -1,0 +1,11 @@
+"""Learning rates over training. A scheduler's milestones are epochs; it scales to any length."""
+
+from detectron2.config import LazyCall as L
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+COCO_EPOCH = 7393  # iterations of 16 images
+
+lr_12ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[11, 12])
+lr_24ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[20, 24])
+lr_36ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[30, 36])
+lr_50ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[40, 50])

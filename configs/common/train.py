@@ -1,0 +1,16 @@
+"""Keys of training; those that Detectron2's lazy trainer knows keep its names."""
+
+train = dict(
+    output_dir="./output",
+    init_checkpoint="",  # weights of a whole detector
+    init_backbone="",  # ImageNet weights of the backbone, where there is no init_checkpoint
+    max_iter=90000,
+    amp=dict(enabled=False, dtype="bfloat16"),  # or "float16"
+    clip_grad=dict(max_norm=0.1),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    checkpointer=dict(period=7393, max_to_keep=5),
+    eval_period=7393,
+    log_period=20,
+    device="auto",  # "cuda" where there is a GPU, else "cpu"
+    seed=42,
+)

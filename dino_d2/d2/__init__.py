@@ -1,0 +1,19 @@
+"""The adapter to Detectron2. The only package here that imports it."""
+
+from .checkpoint import Checkpointer
+from .config import add_dino_d2_config, apply_overrides
+from .meta_arch import DINO, DetrMetaArch
+from .train import evaluate, evaluate_checkpoint, train
+from .trainer import Trainer
+
+__all__ = [
+    "DINO",
+    "Checkpointer",
+    "DetrMetaArch",
+    "Trainer",
+    "add_dino_d2_config",
+    "apply_overrides",
+    "evaluate",
+    "evaluate_checkpoint",
+    "train",
+]

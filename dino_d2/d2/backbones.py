@@ -1,0 +1,50 @@
+"""Detectron2 backbones that take more than one call to build."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from detectron2.modeling import SimpleFeaturePyramid, ViT
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import nn
+
+
+def build_vitdet(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    drop_path: float,
+    global_blocks: Sequence[int],
+    image_size: int = 1024,
+    scale_factors: Sequence[float] = (2.0, 1.0, 0.5),
+) -> SimpleFeaturePyramid:
+    """A plain ViT with a simple feature pyramid, as ViTDet (Li et al., ECCV 2022).
+
+    Args:
+        embed_dim, depth, num_heads: of the ViT with patches of 16 pixels.
+        drop_path: stochastic depth rate.
+        global_blocks: blocks that attend to the whole image; the others to windows of 14.
+        image_size: for which position embeddings are sized; other sizes interpolate them.
+        scale_factors: of the pyramid's maps to the ViT's stride of 16. A map of half the coarsest
+            resolution follows: (2, 1, 0.5) returns p3, p4, p5 and p6, with 256 channels.
+    """
+    net = ViT(
+        img_size=image_size,
+        patch_size=16,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        drop_path_rate=drop_path,
+        window_size=14,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        window_block_indexes=[i for i in range(depth) if i not in global_blocks],
+        use_rel_pos=True,
+        out_feature="last_feat",
+    )
+    return SimpleFeaturePyramid(
+        net,
+        in_feature="last_feat",
+        out_channels=256,
+        scale_factors=tuple(scale_factors),
+        top_block=LastLevelMaxPool(),
+        norm="LN",
+    )

@@ -1,0 +1,65 @@
+"""Configuration: keys for yacs, and LazyConfig overrides that are checked."""
+
+import difflib
+import inspect
+
+from detectron2.config import CfgNode, LazyConfig
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+
+def add_dino_d2_config(cfg: CfgNode) -> None:
+    """Add the keys of this package's meta-architectures to a yacs config.
+
+    ```
+    cfg = get_cfg()
+    add_dino_d2_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DINO"
+    ```
+    """
+    cfg.MODEL.DINO = CfgNode()
+    cfg.MODEL.DINO.NUM_CLASSES = 80
+    cfg.MODEL.DINO.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.DINO.NUM_LEVELS = 4
+    cfg.MODEL.DINO.NUM_QUERIES = 900
+    cfg.MODEL.DINO.NUM_DETECTIONS = 300
+    cfg.MODEL.DINO.DENOISING = "cdn"  # "cdn", "dn" or "" for none
+    cfg.MODEL.DINO.DENOISING_QUERIES = 200
+
+
+def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """Apply "a.b=c" overrides; a key that means nothing is an error instead of a new key.
+
+    Raises:
+        KeyError: neither the config nor the signature of what it builds knows the key.
+    """
+    for override in overrides:
+        _check_key(cfg, override.split("=", 1)[0].lstrip("+"))
+    return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    *parents, last = key.split(".")
+    node = cfg
+    for parent in parents:
+        if OmegaConf.is_dict(node) and parent not in node:
+            _raise_unknown(key, parent, node.keys())
+        node = node[int(parent)] if OmegaConf.is_list(node) else node[parent]
+    if not OmegaConf.is_dict(node) or last in node:
+        return
+    known = set(node.keys())
+    if "_target_" in node:
+        target = node["_target_"]
+        target = locate(target) if isinstance(target, str) else target
+        parameters = inspect.signature(target).parameters
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return
+        known |= set(parameters)
+    if last not in known:
+        _raise_unknown(key, last, known)
+
+
+def _raise_unknown(key: str, part: str, known) -> None:
+    close = difflib.get_close_matches(part, map(str, known), 1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+    raise KeyError(f"unknown config key {key!r}: there is no {part!r} here{hint}")

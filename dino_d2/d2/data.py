@@ -1,0 +1,63 @@
+"""Data sets for Detectron2's loaders: registered names, or any COCO-format json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+
+
+def register_if_file(name: str) -> str:
+    """Turn "annotations.json:image_folder" into a registered data set of that name.
+
+    Names that are already registered are returned as they are.
+
+    Raises:
+        FileNotFoundError: the json or the folder does not exist.
+        KeyError: the name is neither registered nor of that form.
+    """
+    if name in DatasetCatalog.list():
+        return name
+    json, separator, images = name.rpartition(":")
+    if not separator:
+        raise KeyError(
+            f"data set {name!r} is not registered; give a registered name or "
+            "'annotations.json:image_folder'"
+        )
+    for path, exists in ((json, Path(json).is_file()), (images, Path(images).is_dir())):
+        if not exists:
+            raise FileNotFoundError(f"{path!r}, of data set {name!r}, does not exist")
+    register_coco_instances(name, {}, json, images)
+    return name
+
+
+def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> list[dict]:
+    """Detectron2's dicts of one or more data sets, given as `register_if_file` takes them.
+
+    Images without objects stay by default: they are part of DETR's training.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    return get_detection_dataset_dicts(
+        [register_if_file(name) for name in names], filter_empty=filter_empty
+    )
+
+
+def coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
+    """Detectron2's COCOEvaluator for boxes on a data set as `register_if_file` takes it."""
+    return COCOEvaluator(register_if_file(dataset_name), ("bbox",), output_dir=output_dir)
+
+
+def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
+    """Compare a model's classes with those of the data sets, before they ruin a run.
+
+    Raises:
+        ValueError: a data set has another number of classes.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(
+                f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}...), the "
+                f"model has {num_classes}; set model.detector.num_classes={len(classes)}"
+            )

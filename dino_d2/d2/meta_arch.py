@@ -1,0 +1,171 @@
+"""The detectors as Detectron2 meta-architectures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.config import configurable
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..box_ops import xyxy_to_cxcywh
+from ..errors import NonFiniteError, TargetError
+from ..models import DETR, build_dino
+from ..postprocess import postprocess
+from ..preprocess import PIXEL_MEAN, PIXEL_STD, make_padding_mask
+from ..transfer import to_device
+from ..types import Target
+
+
+class DetrMetaArch(nn.Module):
+    """Any detector of the family, with the contract of Detectron2's models.
+
+    Takes a list of dicts with "image", in training also "instances". Returns a dict of losses in
+    training, else a list of {"instances": Instances} at the size that "height" and "width" name.
+
+    Args:
+        detector: the network; images go in normalised, boxes come out relative.
+        pixel_mean, pixel_std: of images in 0..255, in the channel order of `input_format`.
+        input_format: "RGB" or "BGR": how the data mapper reads images.
+        num_detections: at most so many per image.
+        vis_period: every so many iterations, show ground truth and predictions of one training
+            image in the event storage; 0 never.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        detector: DETR,
+        pixel_mean: Sequence[float] = PIXEL_MEAN,
+        pixel_std: Sequence[float] = PIXEL_STD,
+        input_format: str = "RGB",
+        num_detections: int = 300,
+        vis_period: int = 0,
+    ):
+        super().__init__()
+        self.detector = detector
+        self.input_format = input_format
+        self.num_detections = num_detections
+        self.vis_period = vis_period
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.register_load_state_dict_pre_hook(_accept_bare_detector)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives and images are moved to."""
+        return self.pixel_mean.device
+
+    @property
+    def num_classes(self) -> int:
+        """K of the detector."""
+        return self.detector.num_classes
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """See the class. Errors about an image name its file."""
+        images = self.preprocess_image(batched_inputs)
+        mask = make_padding_mask(images.image_sizes, images.tensor)
+        if not self.training:
+            return self._detect(images, mask, batched_inputs)
+        try:
+            losses = self.detector(images.tensor, mask, [_target(x) for x in batched_inputs])
+        except (TargetError, NonFiniteError) as error:
+            source = batched_inputs[error.image]
+            described = f"{source.get('file_name', 'unknown')}, id {source.get('image_id')}"
+            error.args = (f"{error} ({described})",)
+            raise
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self.visualize_training(batched_inputs[:1])
+        return losses
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, pad and batch the images."""
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        backbone = self.detector.backbone
+        return ImageList.from_tensors(
+            images,
+            backbone.size_divisibility,
+            padding_constraints=getattr(backbone, "padding_constraints", None),
+        )
+
+    def _detect(self, images: ImageList, mask: Tensor, batched_inputs: list[dict]) -> list[dict]:
+        predictions = self.detector(images.tensor, mask)
+        sizes = to_device(images.image_sizes, torch.float32, self.device)
+        detections = postprocess(predictions, sizes, self.num_detections)
+        results = []
+        for source, size, scores, labels, boxes in zip(
+            batched_inputs, images.image_sizes, *detections, strict=True
+        ):
+            found = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)
+            height, width = source.get("height", size[0]), source.get("width", size[1])
+            results.append({"instances": detector_postprocess(found, height, width)})
+        return results
+
+    @torch.no_grad()
+    def visualize_training(self, batched_inputs: list[dict]) -> None:
+        """Put ground truth beside the 20 best predictions into the event storage."""
+        from detectron2.utils.visualizer import Visualizer  # needs OpenCV, nothing else here does
+
+        self.eval()
+        source = batched_inputs[0]
+        size = dict(zip(("height", "width"), source["image"].shape[1:], strict=True))
+        found = self.forward([{**source, **size}])[0]["instances"]
+        self.train()
+        image = convert_image_to_rgb(source["image"].permute(1, 2, 0), self.input_format)
+        pictures = [
+            Visualizer(image).overlay_instances(boxes=boxes.tensor.cpu().numpy()).get_image()
+            for boxes in (source["instances"].gt_boxes, found.pred_boxes[:20])
+        ]
+        picture = np.concatenate(pictures, 1).transpose(2, 0, 1)
+        get_event_storage().put_image("Left: ground truth; right: predictions", picture)
+
+
+@META_ARCH_REGISTRY.register()
+class DINO(DetrMetaArch):
+    """DINO (ICLR 2023). From a yacs config, see `add_dino_d2_config`."""
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Arguments of a detector with Detectron2's backbone of this config."""
+        settings = cfg.MODEL.DINO
+        detector = build_dino(
+            backbone=build_backbone(cfg),
+            in_features=settings.IN_FEATURES,
+            num_classes=settings.NUM_CLASSES,
+            num_levels=settings.NUM_LEVELS,
+            num_queries=settings.NUM_QUERIES,
+            denoising=settings.DENOISING or None,
+            denoising_queries=settings.DENOISING_QUERIES,
+        )
+        return {
+            "detector": detector,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "num_detections": settings.NUM_DETECTIONS,
+            "vis_period": cfg.VIS_PERIOD,
+        }
+
+
+def _accept_bare_detector(module, state_dict, prefix, *_) -> None:
+    """Load weights of a plain `DETR`, as converters write them, under the detector's prefix."""
+    names = [name for name in state_dict if name.startswith(prefix)]
+    if any(name.startswith(f"{prefix}detector.") for name in names):
+        return
+    for name in names:
+        state_dict[f"{prefix}detector.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+
+def _target(source: dict) -> Target:
+    """One image's annotations, relative to the image that goes into the network."""
+    if "instances" not in source:
+        raise KeyError(f"no annotations ('instances') for {source.get('file_name')} in training")
+    instances = source["instances"]
+    height, width = instances.image_size
+    boxes = instances.gt_boxes.tensor / torch.tensor([width, height, width, height])
+    return Target(instances.gt_classes, xyxy_to_cxcywh(boxes))

@@ -1,0 +1,123 @@
+"""Training and evaluation from a LazyConfig; `train_net.py` is its command line."""
+
+import logging
+import os
+from functools import partial
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import default_writers, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..checkpoint import load_backbone
+from ..diagnostics.curves import plot_curves
+from .checkpoint import Checkpointer
+from .data import check_num_classes
+from .trainer import PRECISIONS, Trainer
+
+logger = logging.getLogger("detectron2.dino_d2")
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The config's model on its device; "auto" is a GPU where there is one, else the CPU.
+
+    `train.init_backbone` loads ImageNet weights, unless `train.init_checkpoint` names a whole
+    detector's.
+    """
+    model = instantiate(cfg.model)
+    if cfg.train.init_backbone and not cfg.train.init_checkpoint:
+        path = PathManager.get_local_path(cfg.train.init_backbone)
+        load_backbone(model.detector.backbone, path)
+        logger.info("Backbone initialised from %s", cfg.train.init_backbone)
+    device = cfg.train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device)
+
+
+def train(cfg: DictConfig, resume: bool = False) -> dict:
+    """Train as the config says and return the results of the last evaluation.
+
+    The output directory then holds checkpoints, `metrics.json`, TensorBoard events, `log.txt` and
+    `curves.png`. With `resume`, training goes on from the last checkpoint there.
+    """
+    model = build_model(cfg)
+    logger.info("Model:\n%s", model)
+    loader = instantiate(cfg.dataloader.train)
+    check_num_classes(_names(cfg.dataloader.train), model.num_classes)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    device = model.device
+    parallel = create_ddp_model(
+        model, device_ids=None if device.type == "cpu" else [device], **cfg.train.ddp
+    )
+    trainer = Trainer(
+        parallel, loader, optimizer, device.type, _precision(cfg), cfg.train.clip_grad.max_norm
+    )
+    checkpointer = Checkpointer(parallel, cfg.train.output_dir, trainer=trainer)
+    main = comm.is_main_process()
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
+    evaluation = hooks.EvalHook(cfg.train.eval_period, partial(evaluate, cfg, parallel))
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+            evaluation,
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    if main:
+        plot_curves(
+            os.path.join(cfg.train.output_dir, "metrics.json"),
+            os.path.join(cfg.train.output_dir, "curves.png"),
+        )
+    return getattr(trainer, "_last_eval_results", {})
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+    """Results of the config's evaluator on its test set; {} without one.
+
+    Runs in the precision of training.
+    """
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader = instantiate(cfg.dataloader.test)
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    bare = getattr(model, "module", model)
+    check_num_classes(_names(cfg.dataloader.test), bare.num_classes)
+    dtype = PRECISIONS[_precision(cfg)]
+    with torch.autocast(bare.device.type, dtype, enabled=dtype is not None):
+        results = inference_on_dataset(model, loader, evaluator)
+    print_csv_format(results)
+    return results
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> dict:
+    """Evaluate the weights of `train.init_checkpoint`.
+
+    Raises:
+        ValueError: the config names no checkpoint.
+    """
+    if not cfg.train.init_checkpoint:
+        raise ValueError("evaluation needs weights: set train.init_checkpoint")
+    model = build_model(cfg)
+    Checkpointer(model).load(cfg.train.init_checkpoint)
+    return evaluate(cfg, model)
+
+
+def _precision(cfg: DictConfig) -> str:
+    return cfg.train.amp.dtype if cfg.train.amp.enabled else "float32"
+
+
+def _names(loader: DictConfig) -> str | list[str]:
+    names = OmegaConf.select(loader, "dataset.names", default=[])
+    return OmegaConf.to_object(names) if OmegaConf.is_config(names) else names

@@ -1,0 +1,77 @@
+"""One training step: mixed precision on any device, gradient clipping, one transfer of metrics."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Trainer(SimpleTrainer):
+    """Detectron2's trainer with a step of its own.
+
+    Args:
+        model, data_loader, optimizer: see `SimpleTrainer`.
+        device_type: "cpu", "cuda", ...: where the model is.
+        precision: "float32", or "float16" or "bfloat16" for automatic mixed precision. float16
+            scales the loss to keep small gradients.
+        max_norm: gradients of a larger L2 norm are scaled down to it; None leaves them.
+
+    Raises:
+        FloatingPointError: a loss is not finite. Weights are untouched by that step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        device_type: str,
+        precision: str = "float32",
+        max_norm: float | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.device_type, self.dtype, self.max_norm = device_type, PRECISIONS[precision], max_norm
+        self.scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == torch.float16)
+
+    def run_step(self) -> None:
+        """Forward, backward, check, clip, step."""
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            losses = self.model(batch)
+        self.optimizer.zero_grad()
+        self.scaler.scale(sum(losses.values())).backward()
+        self._write_metrics(_to_host(losses, self.iter), data_time)
+        self.scaler.unscale_(self.optimizer)
+        if self.max_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+            get_event_storage().put_scalar("grad_norm", norm.item())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict:
+        """Detectron2's, and the loss scale."""
+        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self.scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _to_host(losses: Mapping[str, Tensor], iteration: int) -> dict[str, Tensor]:
+    """Copy all losses in one transfer and refuse to go on with one that is not finite."""
+    values = torch.stack([loss.detach().float() for loss in losses.values()]).cpu()
+    on_host = dict(zip(losses, values, strict=True))
+    bad = [name for name, value in on_host.items() if not value.isfinite()]
+    if bad:
+        raise FloatingPointError(f"not finite in iteration {iteration}: {', '.join(bad)}")
+    return on_host

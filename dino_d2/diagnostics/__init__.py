@@ -1,0 +1,1 @@
+"""Pictures and figures that show what a detector does."""

@@ -1,0 +1,37 @@
+"""Loss and AP over training."""
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+_LOSSES = ("total_loss", "loss_class", "loss_bbox", "loss_giou")
+_METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75")
+
+
+def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
+    """Draw a picture from a `metrics.json` as Detectron2 writes it: one JSON object per line.
+
+    Left the total loss and the parts of the last layer, right AP, AP50 and AP75.
+    """
+    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for axes, names, title in ((left, _LOSSES, "loss"), (right, _METRICS, "AP on the test set")):
+        for name in names:
+            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name.removeprefix("bbox/"))
+        axes.set_title(title)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    left.set_yscale("log")
+    right.set_ylim(0, 100)
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)

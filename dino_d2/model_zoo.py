@@ -1,0 +1,46 @@
+"""The shipped configs, from a checkout or from the installed package."""
+
+from pathlib import Path
+
+
+def root() -> Path:
+    """The folder that holds `configs/` and `projects/`."""
+    package = Path(__file__).resolve().parent
+    installed = package / "zoo"
+    return installed if installed.is_dir() else package.parent
+
+
+def list_configs() -> list[str]:
+    """Names of all configs, such as "dino/dino_r50_4scale_12ep"."""
+    files = sorted((root() / "projects").glob("*/configs/*.py"))
+    return [f"{file.parents[1].name}/{file.stem}" for file in files]
+
+
+def get_config_file(name: str) -> str:
+    """The path of a config by its name, with or without ".py".
+
+    Raises:
+        KeyError: there is no such config; the message lists those there are.
+    """
+    project, _, stem = name.removesuffix(".py").partition("/")
+    path = root() / "projects" / project / "configs" / f"{stem}.py"
+    if not stem or not path.is_file():
+        raise KeyError(f"no config {name!r}; there are {', '.join(list_configs())}")
+    return str(path)
+
+
+def get_config(name: str):
+    """The LazyConfig of a name; needs Detectron2.
+
+    Raises:
+        KeyError: see `get_config_file`.
+        ImportError: Detectron2 is not installed.
+    """
+    path = get_config_file(name)
+    try:
+        from detectron2.config import LazyConfig
+    except ImportError as error:
+        raise ImportError(
+            "configs are Detectron2 LazyConfigs; install dino_d2[detectron2]"
+        ) from error
+    return LazyConfig.load(path)

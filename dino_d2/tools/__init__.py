@@ -1,0 +1,1 @@
+"""Command-line tools: `python -m dino_d2.tools.NAME --help`."""

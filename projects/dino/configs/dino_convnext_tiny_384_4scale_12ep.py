@@ -1,0 +1,7 @@
+"""DINO, ConvNeXt-Tiny (384), 4 scales, 12 epochs."""
+
+from ....configs.common.coco_12ep import dataloader, lr_multiplier, optimizer, train
+from ....configs.common.models.dino_convnext import IMAGENET, model
+
+train.init_backbone = f"{IMAGENET}/convnext_tiny_22k_1k_384.pth"
+train.output_dir = "./output/dino_convnext_tiny_384_4scale_12ep"
