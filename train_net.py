@@ -14,8 +14,6 @@ Any COCO-format data set, here with three classes:
 Without a GPU, --num-gpus is the number of processes on the CPU.
 """
 
-import os
-
 from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser, default_setup, launch
 
@@ -34,8 +32,7 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=__doc__).parse_args()
-    if not os.path.exists(arguments.config_file):  # the name of a shipped config
-        arguments.config_file = model_zoo.get_config_file(arguments.config_file)
+    arguments.config_file = model_zoo.get_config_file(arguments.config_file)
     launch(
         main,
         arguments.num_gpus,

@@ -17,11 +17,13 @@ def list_configs() -> list[str]:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config by its name, with or without ".py".
+    """The path of a config by its name, with or without ".py"; a file's path stays as it is.
 
     Raises:
         KeyError: there is no such config; the message lists those there are.
     """
+    if Path(name).is_file():
+        return str(name)
     project, _, stem = name.removesuffix(".py").partition("/")
     path = root() / "projects" / project / "configs" / f"{stem}.py"
     if not stem or not path.is_file():
@@ -30,7 +32,7 @@ def get_config_file(name: str) -> str:
 
 
 def get_config(name: str):
-    """The LazyConfig of a name; needs Detectron2.
+    """The LazyConfig of a name or a file; needs Detectron2.
 
     Raises:
         KeyError: see `get_config_file`.

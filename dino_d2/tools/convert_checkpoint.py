@@ -1,0 +1,65 @@
+"""Turn a published DINO checkpoint into one for this package, every weight accounted for.
+
+    python -m dino_d2.tools.convert_checkpoint --from dino checkpoint0011_4scale.pth dino.pth \\
+        --config dino/dino_r50_4scale_12ep
+
+With --config, names and shapes are checked against that model (needs Detectron2). Official weights
+score the 91 COCO ids; the 80 that exist are picked unless --num-classes 91 keeps all.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .. import model_zoo
+from ..checkpoint import SOURCES, CheckpointError, convert, read_weights, write_weights
+from ..checkpoint.convert import DETREX_SETTINGS
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dino_d2.tools.convert_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--from", dest="source", choices=list(SOURCES), required=True)
+    parser.add_argument("input", help="the published file")
+    parser.add_argument("output", help="to write; .pth or .safetensors")
+    parser.add_argument("--config", help="check against this config: its name, or a file")
+    parser.add_argument("--num-classes", type=int, default=80, help="80 (default) or 91")
+    args = parser.parse_args(argv)
+    try:
+        weights = read_weights(args.input)
+        wanted = state_of_config(args.config, args.num_classes) if args.config else None
+        converted = convert(weights, args.source, args.num_classes, wanted)
+        write_weights(converted, args.output)
+    except (CheckpointError, ImportError, KeyError) as error:
+        sys.exit(f"not converted: {error.args[0]}")
+    checked = "checked against the config" if args.config else "not checked against a config"
+    print(f"{args.output}: {len(converted)} weights for {args.num_classes} classes, {checked}")
+    if args.source == "detrex":
+        settings = ", ".join(f"{name}={value}" for name, value in DETREX_SETTINGS.items())
+        print(f"These weights need a model with {settings}, as dino_r50_4scale_12ep_detrex.")
+    if args.num_classes != 80:
+        print(f"Use them with model.detector.num_classes={args.num_classes}.")
+
+
+def state_of_config(config: str, num_classes: int) -> Mapping[str, Tensor]:
+    """State dict of the detector that a config describes, for its names and shapes.
+
+    Raises:
+        ImportError: Detectron2 is not installed.
+        KeyError: there is no such config.
+    """
+    cfg = model_zoo.get_config(config)
+    from detectron2.config import instantiate  # after get_config has said what is missing
+
+    cfg.model.detector.num_classes = num_classes
+    return instantiate(cfg.model).detector.state_dict()
+
+
+if __name__ == "__main__":
+    main()

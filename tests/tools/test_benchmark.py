@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from dino_d2.ops import ms_deform_attn
+from dino_d2.tools import benchmark
+from dino_d2.tools.benchmark import Case, attend_by_grid_sample, make_inputs
+
+
+@pytest.mark.parametrize("queries", [None, 7])
+def test_alternative_computes_the_same(queries):
+    inputs = make_inputs(Case("odd", 133, 71, queries), torch.float64, "cpu")
+    torch.testing.assert_close(attend_by_grid_sample(*inputs), ms_deform_attn(*inputs))
+
+
+def test_table(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CASES", [Case("tiny", 64, 96, None), Case("few", 64, 64, 5)])
+    benchmark.main(["op", "--rounds", "1", "--device", "cpu", "--dtype", "bfloat16"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith(("tiny", "few"))]
+    assert len(rows) == 4
+    assert all(row.endswith("x") and row.count(" ms") == 2 for row in rows)
+
+
+def test_jobs_alternate():
+    calls = []
+    jobs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    medians = benchmark.measure(jobs, 3, "cpu")
+    assert calls == list("abababab")  # the first round is not measured
+    assert set(medians) == {"a", "b"}
