@@ -61,12 +61,13 @@ class TimmBackbone(_Backbone):
         drop_path: stochastic depth rate.
         norm: "BN" leaves batch norm as it is, "FrozenBN" fixes its statistics and weights.
         freeze_at: 1 freezes the stem, 2 the first stage as well, and so on; 0 nothing.
-        output_norm: LayerNorm over the channels of every map, as detectors put on Swin and
-            ConvNeXt.
-        options: further arguments of the timm model, such as `{"img_size": 512}`.
+        output_norm: eps of a LayerNorm over the channels of every map, as detectors put on Swin
+            (1e-5) and ConvNeXt (1e-6); None for none.
+        options: further arguments of the timm model, such as
+            `{"strict_img_size": False, "always_partition": True}` for a Swin on images of any size.
 
     Raises:
-        ValueError: the model has no map of some stride.
+        ValueError: the model has no map of some stride, or its stages cannot be frozen.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class TimmBackbone(_Backbone):
         drop_path: float = 0.0,
         norm: str = "BN",
         freeze_at: int = 0,
-        output_norm: bool = False,
+        output_norm: float | None = None,
         options: dict | None = None,
     ):
         options = {**(options or {}), **({"drop_path_rate": drop_path} if drop_path else {})}
@@ -89,6 +90,8 @@ class TimmBackbone(_Backbone):
         body = timm.create_model(
             name, pretrained=pretrained, features_only=True, out_indices=indices, **options
         )
+        if hasattr(body, "patch_embed"):
+            body.patch_embed.dynamic_img_pad = True
         channels = [stages.channels()[i] for i in indices]
         shapes = {
             f"stride{stride}": FeatureShape(c, stride)
@@ -99,9 +102,9 @@ class TimmBackbone(_Backbone):
         first_stage = next(i for i, reduction in enumerate(reductions) if reduction >= 4)
         _freeze(body, names[first_stage:], freeze_at, norm)
         self.norms = None
-        if output_norm:
+        if output_norm is not None:
             self.norms = nn.ModuleDict(
-                {name: nn.LayerNorm(shape.channels) for name, shape in shapes.items()}
+                {name: nn.LayerNorm(shape.channels, output_norm) for name, shape in shapes.items()}
             )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -177,12 +180,15 @@ def _freeze(body: nn.Module, stages: Sequence[str], freeze_at: int, norm: str) -
         freeze_batch_norm_2d(body)
     if not freeze_at:
         return
+    modules = dict(_modules_in_order(body, stages))
+    if stages[0] not in modules:
+        raise ValueError(f"freeze_at must be 0: the stages of {list(modules)} cannot be told apart")
     frozen_until = stages[freeze_at - 1] if freeze_at <= len(stages) else None
-    for name, module in _modules_in_order(body, stages):
+    for name, module in modules.items():
         if name == frozen_until:
             break
         module.requires_grad_(False)
-        freeze_batch_norm_2d(module)
+        body.set_submodule(name, freeze_batch_norm_2d(module))
 
 
 def _modules_in_order(body: nn.Module, stages: Sequence[str]):

@@ -50,3 +50,53 @@ def ms_deform_attn_loop(value, shapes, locations, weights, grad_output=None):
             grad_locations[b, q, h, level, p] = weight * width * along_x, weight * height * along_y
     output = output.reshape(batch, queries, heads * channels)
     return output if grad_output is None else (output, grad_value, grad_locations, grad_weights)
+
+
+def generalized_iou_loop(boxes_a, boxes_b, eps=0.0):
+    """(A, 4) and (B, 4) cxcywh -> (A, B): Rezatofighi et al., algorithm 1."""
+    result = np.zeros((len(boxes_a), len(boxes_b)))
+    for i, j in np.ndindex(*result.shape):
+        overlap, hull = 1.0, 1.0
+        for axis in range(2):
+            (low_a, high_a), (low_b, high_b) = (
+                (box[axis] - box[axis + 2] / 2, box[axis] + box[axis + 2] / 2)
+                for box in (boxes_a[i], boxes_b[j])
+            )
+            overlap *= max(0.0, min(high_a, high_b) - max(low_a, low_b))
+            hull *= max(high_a, high_b) - min(low_a, low_b)
+        area_a, area_b = boxes_a[i][2] * boxes_a[i][3], boxes_b[j][2] * boxes_b[j][3]
+        union = area_a + area_b - overlap
+        result[i, j] = overlap / (union + eps) - (hull - union) / (hull + eps)
+    return result
+
+
+def sine_loop(angle, dim, temperature):
+    """A number -> (dim,): sine on even channels, cosine on odd ones."""
+    code = []
+    for k in range(dim):
+        phase = angle / temperature ** (2 * (k // 2) / dim)
+        code.append(math.sin(phase) if k % 2 == 0 else math.cos(phase))
+    return np.array(code)
+
+
+def position_encoding_loop(padding_mask, embed_dim, temperature, offset):
+    """(B, h, w) -> (B, D, h, w): the share of the image above and left of each pixel."""
+    batch, height, width = padding_mask.shape
+    encoding = np.zeros((batch, embed_dim, height, width))
+    for b, i, j in np.ndindex(batch, height, width):
+        column, row = ~padding_mask[b, :, j], ~padding_mask[b, i, :]
+        y = (column[: i + 1].sum() + offset) / (column.sum() + 1e-6) * 2 * math.pi
+        x = (row[: j + 1].sum() + offset) / (row.sum() + 1e-6) * 2 * math.pi
+        parts = [sine_loop(angle, embed_dim // 2, temperature) for angle in (y, x)]
+        encoding[b, :, i, j] = np.concatenate(parts)
+    return encoding
+
+
+def focal_loss_loop(logits, scores, alpha, gamma):
+    """-alpha_t (1 - p_t)^gamma log(p_t) for arrays of any equal shape."""
+    losses = np.zeros(logits.shape)
+    for index in np.ndindex(*logits.shape):
+        p = 1 / (1 + math.exp(-logits[index]))
+        p_t, alpha_t = (p, alpha) if scores[index] == 1 else (1 - p, 1 - alpha)
+        losses[index] = -alpha_t * (1 - p_t) ** gamma * math.log(p_t)
+    return losses

@@ -40,7 +40,9 @@ def _swin() -> Table:
 
 def _swin_authors() -> Table:
     """Their own, without the classifier"""
-    table: Table = [("patch_embed.*", "patch_embed.*"), ("layers.#.*", "layers.#.*")]
+    table: Table = [("patch_embed.*", "patch_embed.*"), ("layers.#.blocks.*", "layers.#.blocks.*")]
+    # timm has the same names with other numbers, up to 3
+    table += [(f"layers.{i}.downsample.*", f"layers.{i}.downsample.*") for i in (0, 1, 2)]
     return [*table, ("norm#.*", "norm#.*"), ("norm.*", None), ("head.*", None)]
 
 

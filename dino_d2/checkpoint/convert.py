@@ -54,11 +54,12 @@ def convert(
         result[target] = tensor
     result = _merge_shared_heads(result) if source == "dino" else result
     result = _fit_classes(result, num_classes)
+    result = _drop_unused_norm(result)
     if wanted is None:
         return _name_backbone_as_shipped(result)
     result = translate_backbone(result, wanted)
-    check_names(result, wanted, (), ("backbone.norms.stride4.*", "backbone.norm0.*"))
-    return {name: tensor for name, tensor in result.items() if name in wanted}
+    check_names(result, wanted, (), ())
+    return result
 
 
 def _merge_shared_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def _merge_shared_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         for kind in ("heads.class_heads.", "heads.box_heads."):
             if name.startswith(kind):
                 first = kind + "0." + name.removeprefix(kind).split(".", 1)[1]
-        if not torch.equal(weights[first], tensor):
+        if name != first and not torch.equal(weights[first], tensor):
             return weights  # one pair of heads per layer
         result[first] = tensor
     return result
@@ -78,6 +79,8 @@ def _merge_shared_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fit_classes(weights: dict[str, Tensor], num_classes: int | None) -> dict[str, Tensor]:
     """Cut the unused rows of label embeddings, and pick COCO classes if asked to."""
     heads = [name for name in weights if "class_head" in name]
+    if not heads:
+        raise CheckpointError("there is no class head, so this is no detector of the family")
     embedding = "denoising.label_embed.weight"
     given = len(weights[heads[0]])
     rows = torch.arange(given)
@@ -87,6 +90,14 @@ def _fit_classes(weights: dict[str, Tensor], num_classes: int | None) -> dict[st
         rows = torch.tensor(COCO_CATEGORY_IDS)
     chosen = [*heads, *([embedding] if embedding in weights else [])]
     return {**weights, **{name: weights[name][rows] for name in chosen}}
+
+
+def _drop_unused_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official ConvNeXt norms all four maps, though the 4-scale model takes three."""
+    convolutions = [f"neck.projections.{i}.0.weight" for i in range(4)]
+    if all(name in weights and weights[name].shape[-1] == 1 for name in convolutions):
+        return weights
+    return {name: t for name, t in weights.items() if not name.startswith("backbone.norm0.")}
 
 
 def _name_backbone_as_shipped(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, holds no weights, or would have to run code.
     """
-    weights = _find_weights(read_content(path))
+    try:
+        weights = _find_weights(read_content(path))
+    except TypeError as error:  # an array of strings or objects
+        raise CheckpointError(f"{path}: holds what is no weight ({error})") from error
     if not weights:
         raise CheckpointError(f"{path}: there are no weights in this file")
     return weights
@@ -77,14 +81,24 @@ def _read_torch(path: Path) -> object:
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0]
-            raise CheckpointError(
-                f"{path}: refused, because reading it would need more than weights and plain data "
-                f"and could run code ({reason})"
-            ) from error
         except Exception as error:  # damaged archives fail in many ways
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            if asked:
+                raise CheckpointError(
+                    f"{path}: refused, because reading it would need more than weights and plain "
+                    f"data and could run code (it asks for {asked[1]})"
+                ) from error
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    # The first sentence: PyTorch's further ones advise to trust the file.
+    reason = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
+    return CheckpointError(f"{path}: cannot be read; damaged, or no weight file ({reason})")
+
+
+class _ForbiddenError(Exception):
+    """A pickle asks for something that is not part of a numpy array."""
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -98,11 +112,13 @@ class _ArraysOnly(pickle.Unpickler):
         ("numpy.core.multiarray", "scalar"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
     }
 
     def find_class(self, module, name):
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise _ForbiddenError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -110,12 +126,12 @@ def _read_pickle(path: Path) -> object:
     with path.open("rb") as file:
         try:
             return _ArraysOnly(file, encoding="latin1").load()
-        except pickle.UnpicklingError as error:
+        except _ForbiddenError as error:
             raise CheckpointError(
                 f"{path}: refused, because a .pkl file may hold numpy arrays only ({error})"
             ) from error
         except Exception as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+            raise _unreadable(path, error) from error
 
 
 def _find_weights(content: Mapping) -> dict[str, Tensor]:
@@ -126,4 +142,8 @@ def _find_weights(content: Mapping) -> dict[str, Tensor]:
         name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
         for name, value in content.items()
     }
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in weights.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }

@@ -17,6 +17,7 @@ def load_weights(
     source: str | os.PathLike | Mapping[str, Tensor],
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    skip: Sequence[str] = (),
 ) -> None:
     """Load a file, or weights by name, into a detector or its Detectron2 meta-architecture.
 
@@ -26,6 +27,7 @@ def load_weights(
     Args:
         allow_missing, allow_unexpected: patterns (`fnmatch`) of names that the source may lack,
             or have beyond the model's.
+        skip: patterns of names that stay as they are in the model, whatever the source has.
 
     Raises:
         CheckpointError: names are missing or unexpected, or shapes differ; the message lists them,
@@ -35,6 +37,7 @@ def load_weights(
     wanted = model.state_dict()
     weights = translate_prefix(weights, wanted)
     weights = translate_backbone(weights, wanted)
+    weights, wanted = _without(skip, weights), _without(skip, wanted)
     check_names(weights, wanted, allow_missing, allow_unexpected)
     known = {name: tensor for name, tensor in weights.items() if name in wanted}
     model.load_state_dict(known, strict=False)
@@ -53,8 +56,8 @@ def load_backbone(backbone: nn.Module, source: str | os.PathLike | Mapping[str, 
     wanted = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
     weights = translate_backbone(weights, wanted)
-    only_detectors = ("*norm[0-3].*", "*norms.stride*", "*rel_pos_[hw]", "*simfp_*", "*bottleneck*")
-    check_names(weights, wanted, only_detectors, ())
+    of_features = ("backbone.norm[0-3].*", "backbone.norms.stride*", "backbone.simfp_*")
+    check_names(weights, wanted, (*of_features, "*.rel_pos_[hw]"), ())
     known = {name.removeprefix("backbone."): t for name, t in weights.items() if name in wanted}
     backbone.load_state_dict(known, strict=False)
 
@@ -118,6 +121,10 @@ def check_names(
     ]
     if lines:
         raise CheckpointError("the weights do not fit the model. " + "\n".join(lines))
+
+
+def _without(patterns: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if not _any_match(name, patterns)}
 
 
 def _any_match(name: str, patterns: Sequence[str]) -> bool:

@@ -8,6 +8,18 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
 
+class ViTDet(SimpleFeaturePyramid):
+    """Detectron2's, but says that images are to be padded: a misspelt name keeps that to itself.
+
+    The patches would leave out up to 15 pixels at the right and at the bottom.
+    """
+
+    @property
+    def size_divisibility(self) -> int:
+        """The coarsest stride of the pyramid."""
+        return self._size_divisibility
+
+
 def build_vitdet(
     embed_dim: int,
     depth: int,
@@ -16,7 +28,7 @@ def build_vitdet(
     global_blocks: Sequence[int],
     image_size: int = 1024,
     scale_factors: Sequence[float] = (2.0, 1.0, 0.5),
-) -> SimpleFeaturePyramid:
+) -> ViTDet:
     """A plain ViT with a simple feature pyramid, as ViTDet (Li et al., ECCV 2022).
 
     Args:
@@ -40,7 +52,7 @@ def build_vitdet(
         use_rel_pos=True,
         out_feature="last_feat",
     )
-    return SimpleFeaturePyramid(
+    return ViTDet(
         net,
         in_feature="last_feat",
         out_channels=256,

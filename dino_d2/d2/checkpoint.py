@@ -1,5 +1,7 @@
 """Detectron2's checkpointer, with safe files and strict names."""
 
+from collections.abc import Sequence
+
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 
@@ -11,12 +13,26 @@ class Checkpointer(DetectionCheckpointer):
     """Reads weights only, never code, and refuses weights that do not fit the model.
 
     Files are those that `read_weights` takes, with or without the trainer's state.
+
+    Args:
+        skip: patterns of names that are not loaded from a file to start from; when training
+            resumes, everything is.
     """
+
+    def __init__(self, model, save_dir: str = "", *, skip: Sequence[str] = (), **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.skip = skip
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """Load the last checkpoint of the output directory, or `path` to start from."""
+        if resume and self.has_checkpoint():
+            self.skip = ()
+        return super().resume_or_load(path, resume=resume)
 
     def _load_file(self, filename: str) -> dict:
         content = read_content(filename)
         return content if "model" in content else {"model": content}
 
     def _load_model(self, checkpoint: dict) -> _IncompatibleKeys:
-        load_weights(self.model, checkpoint.pop("model"))
+        load_weights(self.model, checkpoint.pop("model"), skip=self.skip)
         return _IncompatibleKeys([], [], [])

@@ -42,13 +42,12 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     *parents, last = key.split(".")
     node = cfg
     for parent in parents:
-        if OmegaConf.is_dict(node) and parent not in node:
-            _raise_unknown(key, parent, node.keys())
+        known = _names(node)
+        if parent not in known:
+            _raise_unknown(key, parent, known)
         node = node[int(parent)] if OmegaConf.is_list(node) else node[parent]
-    if not OmegaConf.is_dict(node) or last in node:
-        return
-    known = set(node.keys())
-    if "_target_" in node:
+    known = _names(node)
+    if OmegaConf.is_dict(node) and "_target_" in node:
         target = node["_target_"]
         target = locate(target) if isinstance(target, str) else target
         parameters = inspect.signature(target).parameters
@@ -59,7 +58,16 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         _raise_unknown(key, last, known)
 
 
-def _raise_unknown(key: str, part: str, known) -> None:
-    close = difflib.get_close_matches(part, map(str, known), 1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
-    raise KeyError(f"unknown config key {key!r}: there is no {part!r} here{hint}")
+def _names(node) -> set[str]:
+    """What may follow in a key: those of a dictionary, the numbers of a list, none of a value."""
+    if OmegaConf.is_dict(node):
+        return set(map(str, node))
+    return {str(i) for i in range(len(node))} if OmegaConf.is_list(node) else set()
+
+
+def _raise_unknown(key: str, part: str, known: set[str]) -> None:
+    close = difflib.get_close_matches(part, known, 1)
+    hint = (
+        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+    )
+    raise KeyError(f"unknown config key {key!r}: there is no {part!r} here; {hint}")

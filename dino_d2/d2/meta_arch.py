@@ -47,6 +47,8 @@ class DetrMetaArch(nn.Module):
         vis_period: int = 0,
     ):
         super().__init__()
+        if vis_period:
+            import cv2  # noqa: F401 -- Detectron2's Visualizer needs it: rather miss it now
         self.detector = detector
         self.input_format = input_format
         self.num_detections = num_detections
@@ -101,7 +103,8 @@ class DetrMetaArch(nn.Module):
         for source, size, scores, labels, boxes in zip(
             batched_inputs, images.image_sizes, *detections, strict=True
         ):
-            found = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)
+            boxes = Boxes(boxes.clone())  # to be scaled in place
+            found = Instances(size, pred_boxes=boxes, scores=scores, pred_classes=labels)
             height, width = source.get("height", size[0]), source.get("width", size[1])
             results.append({"instances": detector_postprocess(found, height, width)})
         return results
@@ -117,10 +120,13 @@ class DetrMetaArch(nn.Module):
         found = self.forward([{**source, **size}])[0]["instances"]
         self.train()
         image = convert_image_to_rgb(source["image"].permute(1, 2, 0), self.input_format)
-        pictures = [
-            Visualizer(image).overlay_instances(boxes=boxes.tensor.cpu().numpy()).get_image()
-            for boxes in (source["instances"].gt_boxes, found.pred_boxes[:20])
-        ]
+        pictures = []
+        for boxes in (source["instances"].gt_boxes, found.pred_boxes[:20]):
+            colours = ["lime"] * len(boxes)  # the default draws from the data loader's generator
+            drawn = Visualizer(image).overlay_instances(
+                boxes=boxes.tensor.cpu().numpy(), assigned_colors=colours
+            )
+            pictures.append(drawn.get_image())
         picture = np.concatenate(pictures, 1).transpose(2, 0, 1)
         get_event_storage().put_image("Left: ground truth; right: predictions", picture)
 

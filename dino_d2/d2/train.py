@@ -2,7 +2,6 @@
 
 import logging
 import os
-from functools import partial
 
 import torch
 from detectron2.config import instantiate
@@ -12,7 +11,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import distributed, nn
 
 from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
@@ -41,7 +40,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
 
 
 def train(cfg: DictConfig, resume: bool = False) -> dict:
-    """Train as the config says and return the results of the last evaluation.
+    """Train as the config says and return the results of the last evaluation, in process 0.
 
     The output directory then holds checkpoints, `metrics.json`, TensorBoard events, `log.txt` and
     `curves.png`. With `resume`, training goes on from the last checkpoint there.
@@ -59,16 +58,23 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     trainer = Trainer(
         parallel, loader, optimizer, device.type, _precision(cfg), cfg.train.clip_grad.max_norm
     )
-    checkpointer = Checkpointer(parallel, cfg.train.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(
+        parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
+    )
     main = comm.is_main_process()
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
-    evaluation = hooks.EvalHook(cfg.train.eval_period, partial(evaluate, cfg, parallel))
+    results = {}
+
+    def run_evaluation() -> dict:
+        results.update(evaluate(cfg, parallel))
+        return results
+
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
-            evaluation,
+            hooks.EvalHook(cfg.train.eval_period, run_evaluation),
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ]
     )
@@ -80,7 +86,7 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
             os.path.join(cfg.train.output_dir, "metrics.json"),
             os.path.join(cfg.train.output_dir, "curves.png"),
         )
-    return getattr(trainer, "_last_eval_results", {})
+    return results
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
@@ -94,6 +100,9 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     evaluator = instantiate(cfg.dataloader.evaluator)
     bare = getattr(model, "module", model)
     check_num_classes(_names(cfg.dataloader.test), bare.num_classes)
+    if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
+        for buffer in bare.buffers():
+            distributed.broadcast(buffer, 0)
     dtype = PRECISIONS[_precision(cfg)]
     with torch.autocast(bare.device.type, dtype, enabled=dtype is not None):
         results = inference_on_dataset(model, loader, evaluator)

@@ -1,5 +1,6 @@
 """One training step: mixed precision on any device, gradient clipping, one transfer of metrics."""
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -22,7 +23,8 @@ class Trainer(SimpleTrainer):
         max_norm: gradients of a larger L2 norm are scaled down to it; None leaves them.
 
     Raises:
-        FloatingPointError: a loss is not finite. Weights are untouched by that step.
+        FloatingPointError: a loss or the gradient is not finite. That step leaves the weights
+            untouched.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class Trainer(SimpleTrainer):
         self.scaler.scale(sum(losses.values())).backward()
         self._write_metrics(_to_host(losses, self.iter), data_time)
         self.scaler.unscale_(self.optimizer)
-        if self.max_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
-            get_event_storage().put_scalar("grad_norm", norm.item())
+        limit = torch.inf if self.max_norm is None else self.max_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler skips such steps
+            raise FloatingPointError(f"the gradient is not finite in iteration {self.iter}")
+        get_event_storage().put_scalar("grad_norm", norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

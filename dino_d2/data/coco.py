@@ -92,7 +92,8 @@ def evaluate_boxes(annotations: str | Path, results: list[dict]) -> dict[str, fl
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        found = truth.loadRes(results) if results else COCO()  # loadRes needs one at least
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -24,7 +24,8 @@ def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
         for name in names:
             points = [(line["iteration"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name.removeprefix("bbox/"))
+                style = "o" if len(points) == 1 else "-"  # a line of one point is invisible
+                axes.plot(*zip(*points, strict=True), style, label=name.removeprefix("bbox/"))
         axes.set_title(title)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 def _sine(angles: Tensor, dim: int, temperature: float) -> Tensor:
     """(...,) -> (..., dim): sin and cos interleaved, at geometric frequencies."""
-    exponent = torch.arange(dim, device=angles.device).div(2, rounding_mode="floor") * 2 / dim
-    frequencies = temperature ** -exponent.to(angles.dtype)
+    channel = torch.arange(dim, device=angles.device, dtype=angles.dtype)
+    frequencies = temperature ** -(channel.div(2, rounding_mode="floor") * 2 / dim)
     phases = angles.unsqueeze(-1) * frequencies
     return torch.stack([phases[..., 0::2].sin(), phases[..., 1::2].cos()], -1).flatten(-2)
 

@@ -36,13 +36,14 @@ def pack_targets(targets: Sequence[Target], num_classes: int, like: Tensor) -> T
 
 
 def _check(image: int, target: Target, num_classes: int) -> None:
+    if target.boxes.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise TargetError(image, f"boxes must be float32 or float64, not {target.boxes.dtype}")
     labels, boxes = target.labels.numpy(), target.boxes.numpy()  # no tensor operations
     if labels.ndim != 1 or boxes.shape != (len(labels), 4):
         shapes = f"{labels.shape} and {boxes.shape}"
         raise TargetError(image, f"labels must be (T,) and boxes (T, 4), but they are {shapes}")
-    if labels.dtype.kind not in "iu" or boxes.dtype.kind != "f":
-        dtypes = f"{labels.dtype} and {boxes.dtype}"
-        raise TargetError(image, f"labels must be integers and boxes floats, not {dtypes}")
+    if labels.dtype.kind not in "iu":
+        raise TargetError(image, f"labels must be integers, not {labels.dtype}")
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
         raise TargetError(
@@ -50,7 +51,7 @@ def _check(image: int, target: Target, num_classes: int) -> None:
             f"class id {labels[wrong][0]} is out of range: the model has {num_classes} classes, "
             f"0 to {num_classes - 1}",
         )
-    good = (boxes >= -_ROUNDING) & (boxes <= 1 + _ROUNDING)  # False for NaN
+    good = (boxes >= (-_ROUNDING, -_ROUNDING, 0, 0)) & (boxes <= 1 + _ROUNDING)  # False for NaN
     if not good.all():
         row = int((~good).any(1).argmax())
         raise TargetError(

@@ -62,6 +62,8 @@ class DETR(nn.Module):
         queries, proposals = self.query_source(memory)
         if targets is None:
             return self.decoder(queries, memory, self.heads)
+        if len(targets) != len(images):
+            raise ValueError(f"targets of {len(targets)} images for a batch of {len(images)}")
         packed = pack_targets(targets, self.num_classes, images)
         noised = None
         attn_mask = None
@@ -96,6 +98,22 @@ class DETR(nn.Module):
                 normalizer = num_objects * noised.num_groups
                 groups.append(Group("dn", denoised, noised.assignment, normalizer))
             return self.criterion(groups, targets)
+
+
+def feature_channels(backbone: nn.Module, in_features: Sequence[str]) -> list[int]:
+    """Channels of the named feature maps of a backbone.
+
+    Raises:
+        ValueError: the backbone has no such map; the message lists those it has.
+    """
+    shapes = backbone.output_shape()
+    missing = [name for name in in_features if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"the backbone has no feature maps {missing}, only {list(shapes)}; set in_features, or "
+            "the backbone's outputs"
+        )
+    return [shapes[name].channels for name in in_features]
 
 
 def _prepend(first: Tensor, second: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..transformer import (
     Neck,
     QuerySelection,
 )
-from .detr import DETR
+from .detr import DETR, feature_channels
 
 QUERY_SELECTIONS = ("static", "pure", "mixed")
 
@@ -36,6 +36,7 @@ def build_dino(
     decoder_layers: int = 6,
     query_selection: str = "mixed",
     look_forward_twice: bool = True,
+    padding_invariant: bool = False,
     denoising: str | None = "cdn",
     denoising_queries: int | None = 200,
     denoising_groups: int | None = None,
@@ -58,6 +59,10 @@ def build_dino(
         query_selection: "mixed" (DINO), "pure" (content from the encoder too) or "static" (all
             learned, no proposals).
         look_forward_twice: whether a box's loss also trains the layer before.
+        padding_invariant: True makes the predictions of an image the same whatever it is padded to.
+            As published they are not: positional queries are relative to the padded map, and
+            padding may become a query. Without padding, as in evaluation one image at a time, both
+            are the same.
         denoising: "cdn" (contrastive, DINO), "dn" (DN-DETR) or None.
         denoising_queries, denoising_groups: how many; give one, see `Denoising`.
         label_noise, box_noise: see `Denoising`.
@@ -67,21 +72,22 @@ def build_dino(
         matcher, criterion: published costs and weights by default.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, or the backbone lacks one of the maps.
     """
     if query_selection not in QUERY_SELECTIONS:
         raise ValueError(f"query_selection must be in {QUERY_SELECTIONS}, not {query_selection!r}")
-    shapes = backbone.output_shape()
     encoding = SinePositionEncoding(embed_dim, position_temperature, position_offset)
-    channels = [shapes[name].channels for name in in_features]
+    channels = feature_channels(backbone, in_features)
     heads = Heads(embed_dim, num_classes, decoder_layers, share_heads)
     attention = (embed_dim, num_heads, num_levels, num_points, ffn_dim)
     return DETR(
         backbone=backbone,
         neck=Neck(in_features, channels, embed_dim, num_levels, encoding),
         encoder=DeformableEncoder(encoder_layers, *attention),
-        query_source=_make_query_source(query_selection, num_queries, embed_dim, heads),
-        decoder=Decoder(decoder_layers, *attention, look_forward_twice=look_forward_twice),
+        query_source=_make_query_source(
+            query_selection, num_queries, embed_dim, heads, padding_invariant
+        ),
+        decoder=Decoder(decoder_layers, *attention, look_forward_twice, not padding_invariant),
         heads=heads,
         denoising=_make_denoising(
             denoising,
@@ -97,13 +103,15 @@ def build_dino(
     )
 
 
-def _make_query_source(selection: str, num_queries: int, embed_dim: int, heads: Heads) -> nn.Module:
+def _make_query_source(
+    selection: str, num_queries: int, embed_dim: int, heads: Heads, padding_last: bool
+) -> nn.Module:
     if selection == "static":
         return LearnedQueries(num_queries, embed_dim)
     # The proposals have heads of their own, which start equal to the decoder's.
     class_head, box_head = copy.deepcopy(heads.class_heads[0]), copy.deepcopy(heads.box_heads[0])
     content = "learned" if selection == "mixed" else "memory"
-    return QuerySelection(num_queries, embed_dim, class_head, box_head, content)
+    return QuerySelection(num_queries, embed_dim, class_head, box_head, content, padding_last)
 
 
 def _make_denoising(kind: str | None, *settings) -> Denoising | None:

@@ -52,6 +52,10 @@ class Decoder(nn.Module):
 
     With `look_forward_twice` (DINO, sec. 3.5) the loss of a layer's box also trains the refinement
     of the layer before; without, gradients stop at the reference.
+
+    With `padded_positions` (published) the positional queries encode boxes relative to the padded
+    maps, so that the predictions of an image depend on what it is batched with. Without, they are
+    relative to the image, and nothing does. Both are the same for images without padding.
     """
 
     def __init__(
@@ -63,9 +67,11 @@ class Decoder(nn.Module):
         num_points: int,
         ffn_dim: int,
         look_forward_twice: bool = True,
+        padded_positions: bool = True,
     ):
         super().__init__()
         self.look_forward_twice = look_forward_twice
+        self.padded_positions = padded_positions
         layer = DecoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim)
         self.layers = repeat(layer, num_layers)
         self.norm = nn.LayerNorm(embed_dim)
@@ -86,7 +92,8 @@ class Decoder(nn.Module):
         logits, boxes = [], []
         for index, layer in enumerate(self.layers):
             on_levels = reference[:, :, None] * ratios  # (B, Q, L, 4)
-            encoded = encode_boxes(on_levels[:, :, 0], content.shape[-1] // 2)
+            placed = on_levels[:, :, 0] if self.padded_positions else reference
+            encoded = encode_boxes(placed, content.shape[-1] // 2)
             positions = self.position_mlp(encoded)
             content = layer(content, positions, on_levels, memory, attn_mask)
             output = self.norm(content)

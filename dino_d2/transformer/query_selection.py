@@ -13,8 +13,9 @@ class QuerySelection(nn.Module):
     `content="learned"` is DINO's mixed selection: query i starts from learned content i, whatever
     token it comes from. `content="memory"` is pure selection: it starts from the token.
 
-    Padding and tokens at the very border score as well, from an empty feature; they are chosen only
-    where there are not enough others, and then stand for the box (1, 1, 1, 1), as published.
+    Padding and tokens at the very border score as well, all alike, from an empty feature. Where one
+    is chosen, it stands for the box (1, 1, 1, 1), as published. With `padding_last`, padding is
+    chosen only where there are not enough other tokens.
     """
 
     def __init__(
@@ -24,11 +25,13 @@ class QuerySelection(nn.Module):
         class_head: nn.Module,
         box_head: nn.Module,
         content: str = "learned",
+        padding_last: bool = False,
     ):
         super().__init__()
         if content not in ("learned", "memory"):
             raise ValueError(f"content must be 'learned' or 'memory', but is {content!r}")
         self.num_queries = num_queries
+        self.padding_last = padding_last
         self.project = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         self.class_head = class_head
@@ -49,7 +52,10 @@ class QuerySelection(nn.Module):
         tokens = self.norm(self.project(tokens))
         logits = self.class_head(tokens)  # (B, S, K)
         count = min(self.num_queries, logits.shape[1])
-        chosen = logits.amax(-1).topk(count, 1).indices.unsqueeze(-1)  # (B, Q, 1)
+        scores = logits.amax(-1)
+        if self.padding_last:
+            scores = scores.masked_fill(memory.padding_mask, -torch.inf)
+        chosen = scores.topk(count, 1).indices.unsqueeze(-1)  # (B, Q, 1)
         tokens, logits, anchors = (
             t.gather(1, chosen.expand(-1, -1, t.shape[-1])) for t in (tokens, logits, anchors)
         )

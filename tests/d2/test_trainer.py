@@ -1,0 +1,149 @@
+"""One training step, on a model of three weights whose gradient is its batch."""
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.detectron2
+
+GRADIENT = torch.tensor([3.0, 0, 4])  # of norm 5
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        return {"loss_a": (self.weight * batch).sum(), "loss_b": 0 * self.weight.sum()}
+
+
+class RootOfWeights(Linear):
+    """Its loss is 0 from the second step on, and its gradient infinite."""
+
+    def forward(self, batch):
+        start = self.weight if batch.isfinite().all() else self.weight * 0
+        return {"loss_a": start.abs().sqrt().sum()}
+
+
+def make_trainer(*batches, model=None, lr=1.0, **settings):
+    from dino_d2.d2 import Trainer
+
+    model = model or Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    return Trainer(model, list(batches), optimizer, "cpu", **settings)
+
+
+def train(trainer, steps=1):
+    trainer.train(0, steps)
+    return trainer.storage.latest()
+
+
+def test_a_step_follows_the_gradient():
+    trainer = make_trainer(GRADIENT)
+    train(trainer)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - GRADIENT)
+
+
+def test_gradients_do_not_add_up_over_steps():
+    trainer = make_trainer(GRADIENT, GRADIENT)
+    train(trainer, 2)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - 2 * GRADIENT)
+
+
+def test_losses_and_their_sum_are_logged():
+    latest = train(make_trainer(GRADIENT))
+    assert latest["loss_a"] == (7, 0)
+    assert latest["loss_b"] == (0, 0)
+    assert latest["total_loss"] == (7, 0)
+    assert "data_time" in latest
+
+
+def test_large_gradients_are_scaled_to_the_norm():
+    trainer = make_trainer(GRADIENT, max_norm=0.5)
+    latest = train(trainer)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - GRADIENT / 10)
+    assert latest["grad_norm"] == (pytest.approx(5), 0)
+
+
+def test_small_gradients_are_left_as_they_are():
+    trainer = make_trainer(GRADIENT, max_norm=50)
+    train(trainer)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - GRADIENT)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(bad, precision):
+    trainer = make_trainer(GRADIENT, GRADIENT * bad, precision=precision)
+    with pytest.raises(FloatingPointError, match="iteration 1: loss_a"):
+        train(trainer, 2)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - GRADIENT)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_does_harm():
+    """Of a loss that is."""
+    trainer = make_trainer(GRADIENT, torch.full((3,), torch.inf), model=RootOfWeights())
+    with pytest.raises(FloatingPointError, match="gradient is not finite in iteration 1"):
+        train(trainer, 2)
+    assert trainer.model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+)
+def test_the_forward_pass_runs_in_the_precision(precision, expected):
+    class Product(Linear):
+        def forward(self, batch):
+            seen.append((self.weight[None] @ batch[:, None]).dtype)
+            return super().forward(batch)
+
+    seen = []
+    trainer = make_trainer(GRADIENT, model=Product(), precision=precision)
+    train(trainer)
+    assert seen == [expected]
+    assert trainer.model.weight.dtype == torch.float32
+
+
+def test_an_unknown_precision_is_an_error():
+    with pytest.raises(ValueError, match="float32, float16, bfloat16, not 'fp16'"):
+        make_trainer(precision="fp16")
+
+
+def test_half_precision_keeps_gradients_that_it_could_not_hold():
+    """Below 6e-8, a float16 is zero."""
+    trainer = make_trainer(GRADIENT * 1e-8, lr=1e8, model=HalfGradients(), precision="float16")
+    train(trainer)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - GRADIENT, rtol=0.05, atol=0.01)
+
+
+class HalfGradients(Linear):
+    """Passes its gradient on in float16."""
+
+    def forward(self, batch):
+        return {"loss": (self.weight.half().float() * batch).sum()}
+
+
+def test_half_precision_clips_gradients_without_the_scale():
+    trainer = make_trainer(GRADIENT, precision="float16", max_norm=0.5)
+    latest = train(trainer)
+    torch.testing.assert_close(trainer.model.weight.data, 1 - GRADIENT / 10)
+    assert latest["grad_norm"] == (pytest.approx(5), 0)
+
+
+def test_half_precision_skips_a_step_that_overflows_and_lowers_the_scale():
+    trainer = make_trainer(GRADIENT * 1e3, model=HalfGradients(), precision="float16")
+    before = trainer.scaler.get_scale()
+    train(trainer)
+    assert (trainer.model.weight == 1).all()
+    assert trainer.scaler.get_scale() == before / 2
+
+
+def test_state_goes_on_where_it_was():
+    trainer = make_trainer(GRADIENT * 1e3, model=HalfGradients(), precision="float16")
+    train(trainer)
+    other = make_trainer(precision="float16")
+    other.load_state_dict(trainer.state_dict())
+    assert other.scaler.get_scale() == trainer.scaler.get_scale()
+    assert other.iter == trainer.iter

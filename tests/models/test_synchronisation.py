@@ -1,0 +1,247 @@
+"""One training step waits for the device once: for the costs of the matching.
+
+On a CPU nothing waits. So every tensor counts as one on a device, but for those that are known to
+be on the host: the targets, and what was copied there.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_batch, tiny_dino, tiny_targets
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dino_d2.losses import matcher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+COPIES_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
+DATA_DEPENDENT = {  # operators that read tensors for a number or for the size of their result
+    "_local_scalar_dense",  # item, bool, int, float, index
+    "nonzero",  # argwhere and where with one argument, too
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "equal",
+}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+def put_on_host(tensor):
+    tensor.on_host = True
+    return tensor
+
+
+def on_host(tensor):
+    return getattr(tensor, "on_host", False)
+
+
+class _Calls(TorchFunctionMode):
+    """Copies, which no operator is called for on a CPU."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in COPIES and on_host(args[0]):
+            return func(*args, **kwargs)
+        if func in COPIES or (func is torch.Tensor.to and self.waits(args, kwargs)):
+            self.seen.append(func.__name__)
+        if func is torch.Tensor.new_tensor or (func in COPIES_DATA and kwargs.get("device")):
+            self.seen.append(func.__name__)
+        result = func(*args, **kwargs)
+        return put_on_host(result.clone()) if func is torch.Tensor.cpu else result
+
+    @staticmethod
+    def waits(args, kwargs):
+        """to(device) or to(other tensor), in any position, but not to(dtype)."""
+        places = (torch.device, str, int, torch.Tensor)
+        moves = "device" in kwargs or any(isinstance(a, places) for a in args[1:2])
+        return moves and not (kwargs.get("non_blocking") or True in args[2:4])
+
+
+class Synchronisations(TorchDispatchMode):
+    """Collects what would wait for a device, in `seen`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.calls = _Calls(self.seen)
+
+    def __enter__(self):
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.waits(func, args, kwargs):
+            self.seen.append(str(func))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def waits(func, args, kwargs):
+        name = func.overloadpacket.__name__
+        if name in INDEXING:
+            return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if name == "repeat_interleave":
+            return kwargs.get("output_size") is None
+        return name in DATA_DEPENDENT and not on_host(args[0])
+
+
+def train_step(model, batch, targets):
+    losses = model(*batch, targets)
+    sum(losses.values()).backward()
+
+
+def what_a_step_waits_for(model, *counts):
+    targets = [type(target)(*map(put_on_host, target)) for target in tiny_targets(*counts)]
+    batch = tiny_batch(dtype=next(model.parameters()).dtype)
+    with Synchronisations() as counter:
+        train_step(model, batch, targets)
+    return counter.seen
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0), (20, 1)], ids=str)
+@pytest.mark.parametrize("denoising", ["cdn", "dn", None])
+@pytest.mark.parametrize("selection", ["static", "pure", "mixed"])
+def test_a_training_step_waits_once(selection, denoising, counts):
+    model = tiny_dino(query_selection=selection, denoising=denoising).train()
+    assert what_a_step_waits_for(model, *counts) == ["cpu"]
+
+
+def test_more_objects_than_denoising_has_room_for():
+    model = tiny_dino().train()
+    model.denoising.max_queries = 10
+    assert what_a_step_waits_for(model, 20, 1) == ["cpu"]
+
+
+def test_mixed_precision_waits_once():
+    model = tiny_dino(torch.float32).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert what_a_step_waits_for(model, 3, 1) == ["cpu"]
+
+
+@torch.no_grad()
+def test_inference_never_waits():
+    model, batch = tiny_dino().eval(), tiny_batch()
+    with Synchronisations() as counter:
+        model(*batch)
+    assert counter.seen == []
+
+
+WAITING = {
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "array": lambda x: np.asarray(x),
+    "tolist": lambda x: x.tolist(),
+    "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x[0]),
+    "if": lambda x: 1 if x[0] else 0,
+    "int": lambda x: int(x[0]),
+    "float": lambda x: float(x[0]),
+    "index": lambda x: range(x.long()[0]),
+    "isin": lambda x: 2 in x,
+    "equal": lambda x: torch.equal(x, x + 1),
+    "nonzero": lambda x: x.nonzero(),
+    "nonzero as tuple": lambda x: torch.nonzero(x, as_tuple=True),
+    "argwhere": lambda x: torch.argwhere(x),
+    "where": lambda x: torch.where(x > 1),
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "boolean mask": lambda x: x[x > 1],
+    "boolean mask of some dimensions": lambda x: x[None, :, None][:, x > 1],
+    "assignment to a boolean mask": lambda x: x.__setitem__(x > 1, x[:1]),
+    "index_put": lambda x: x.index_put((x > 1,), x[0]),
+    "unique": lambda x: x.unique(),
+    "unique rows": lambda x: x[:, None].unique(dim=0),
+    "unique_consecutive": lambda x: x.unique_consecutive(),
+    "bincount": lambda x: x.long().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "tensor on a device": lambda x: torch.tensor([1, 2], device=x.device),
+    "as_tensor on a device": lambda x: torch.as_tensor([1, 2], device=x.device),
+    "new_tensor": lambda x: x.new_tensor([1, 2]),
+    "to a device": lambda x: x.to(x.device),
+    "to a named device": lambda x: x.to("cpu"),
+    "to a device by keyword": lambda x: x.to(device=x.device, dtype=torch.float16),
+    "to a device and type": lambda x: x.to(x.device, torch.float16),
+    "to another tensor": lambda x: x.to(x),
+}
+NOT_WAITING = {
+    "arithmetic": lambda x: (x + 1).sum(),
+    "index": lambda x: x[torch.tensor([0, 2])],
+    "slice": lambda x: x[1:],
+    "mask": lambda x: x.masked_fill(x > 1, 0),
+    "where": lambda x: torch.where(x > 1, x, 0),
+    "repeat_interleave": lambda x: x.repeat_interleave(2),
+    "host tensor": lambda x: torch.tensor([1, 2]),
+    "host copy": lambda x: torch.tensor([1, 2]).to(x.device, non_blocking=True),
+    "by keyword": lambda x: x.to(device=x.device, non_blocking=True),
+    "type": lambda x: x.to(torch.float64),
+    "like": lambda x: x.new_full((2,), 3),
+    "shape": lambda x: x.shape[0] + len(x),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_the_counter_sees(name):
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    with Synchronisations() as counter:
+        WAITING[name](x)
+    assert len(counter.seen) == 1
+
+
+@pytest.mark.parametrize("name", NOT_WAITING)
+def test_the_counter_does_not_mind(name):
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    with Synchronisations() as counter:
+        NOT_WAITING[name](x)
+    assert counter.seen == []
+
+
+def test_the_counter_sees_the_backward_pass():
+    x = torch.ones(3, requires_grad=True)
+    x.register_hook(lambda gradient: gradient[gradient > 0].sum())
+    with contextlib.suppress(RuntimeError), Synchronisations() as counter:
+        (x * 2).sum().backward()
+    assert len(counter.seen) == 1
+
+
+def test_what_was_copied_is_on_the_host():
+    with Synchronisations() as counter:
+        copy = torch.ones(3).cpu()
+        copy.numpy(), copy.tolist(), copy.cpu().numpy()
+    assert counter.seen == ["cpu"]
+
+
+@pytest.mark.cuda
+def test_a_training_step_waits_once_on_a_gpu(monkeypatch):
+    copies = []
+
+    def copy_to_host(tensors, original=matcher._copy_to_host):
+        torch.cuda.set_sync_debug_mode("default")
+        copies.append(len(tensors))
+        result = original(tensors)
+        torch.cuda.set_sync_debug_mode("error")
+        return result
+
+    model = tiny_dino(torch.float32).train().cuda()
+    batch = [part.cuda() for part in tiny_batch(dtype=torch.float32)]
+    train_step(model, batch, tiny_targets(3, 1))  # libraries and memory start up
+    monkeypatch.setattr(matcher, "_copy_to_host", copy_to_host)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for counts in ((3, 1), (0, 2), (0, 0), (20, 1)):
+            train_step(model, batch, tiny_targets(*counts))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(copies) == 4
