@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from .box_ops import inverse_sigmoid
@@ -38,8 +39,10 @@ class Heads(nn.Module):
         self.box_heads = nn.ModuleList(make_box_head(embed_dim) for _ in range(count))
 
     def classify(self, layer: int, content: Tensor) -> Tensor:
-        """(B, Q, D) -> logits (B, Q, K)."""
-        return self.class_heads[layer % len(self.class_heads)](content)
+        """(B, Q, D) -> logits (B, Q, K), in the precision of the weights, as ranking needs it."""
+        head = self.class_heads[layer % len(self.class_heads)]
+        with torch.autocast(content.device.type, enabled=False):
+            return head(content.to(head.weight.dtype))
 
     def refine(self, layer: int, content: Tensor, reference: Tensor) -> Tensor:
         """Move reference boxes (B, Q, 4) by what content (B, Q, D) says; iterative refinement

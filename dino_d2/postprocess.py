@@ -17,7 +17,9 @@ def postprocess(predictions: Predictions, image_sizes: Tensor, num_detections: i
         image_sizes: (B, 2) height and width in pixels that boxes are scaled to.
         num_detections: k, at most; fewer where there are fewer pairs.
     """
-    scores = predictions.logits[-1].sigmoid()  # (B, Q, K)
+    logits = predictions.logits[-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(dtype).sigmoid()  # (B, Q, K)
     num_classes = scores.shape[-1]
     count = min(num_detections, scores.shape[1] * num_classes)
     scores, pairs = scores.flatten(1).topk(count, 1)

@@ -30,7 +30,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
         CheckpointError: the file is missing, damaged, holds no weights, or would have to run code.
     """
     try:
-        weights = _find_weights(read_content(path))
+        weights = find_weights(read_content(path))
     except TypeError as error:  # an array of strings or objects
         raise CheckpointError(f"{path}: holds what is no weight ({error})") from error
     if not weights:
@@ -134,10 +134,11 @@ def _read_pickle(path: Path) -> object:
             raise _unreadable(path, error) from error
 
 
-def _find_weights(content: Mapping) -> dict[str, Tensor]:
+def find_weights(content: Mapping) -> dict[str, Tensor]:
+    """The tensors in the content of a weight file, wherever its author put them."""
     for nest in _NESTS:
         if isinstance(content.get(nest), Mapping):
-            return _find_weights(content[nest])
+            return find_weights(content[nest])
     weights = {
         name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
         for name, value in content.items()

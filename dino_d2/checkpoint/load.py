@@ -119,6 +119,8 @@ def check_names(
         for kind, names in problems.items()
         if names
     ]
+    if misshapen:
+        lines.append("`skip` (train.init_skip in a config) leaves names out, by patterns.")
     if lines:
         raise CheckpointError("the weights do not fit the model. " + "\n".join(lines))
 

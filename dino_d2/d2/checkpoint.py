@@ -6,7 +6,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _IncompatibleKeys
 
 from ..checkpoint import load_weights
-from ..checkpoint.io import read_content
+from ..checkpoint.io import find_weights, read_content
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -31,7 +31,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         content = read_content(filename)
-        return content if "model" in content else {"model": content}
+        own = content if "model" in content else {}  # with the trainer's state
+        return {**own, "model": find_weights(content)}
 
     def _load_model(self, checkpoint: dict) -> _IncompatibleKeys:
         load_weights(self.model, checkpoint.pop("model"), skip=self.skip)

@@ -43,8 +43,18 @@ def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> lis
     )
 
 
-def coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
-    """Detectron2's COCOEvaluator for boxes on a data set as `register_if_file` takes it."""
+def coco_evaluator(
+    dataset_name: str | Sequence[str], output_dir: str | None = None
+) -> COCOEvaluator:
+    """Detectron2's COCOEvaluator for boxes on a data set as `register_if_file` takes it.
+
+    Raises:
+        ValueError: several data sets; they cannot be evaluated as one.
+    """
+    if not isinstance(dataset_name, str):
+        if len(dataset_name) != 1:
+            raise ValueError(f"evaluate one data set at a time, not {list(dataset_name)}")
+        (dataset_name,) = dataset_name
     return COCOEvaluator(register_if_file(dataset_name), ("bbox",), output_dir=output_dir)
 
 

@@ -71,9 +71,9 @@ class DetrMetaArch(nn.Module):
         """See the class. Errors about an image name its file."""
         images = self.preprocess_image(batched_inputs)
         mask = make_padding_mask(images.image_sizes, images.tensor)
-        if not self.training:
-            return self._detect(images, mask, batched_inputs)
         try:
+            if not self.training:
+                return self._detect(images, mask, batched_inputs)
             losses = self.detector(images.tensor, mask, [_target(x) for x in batched_inputs])
         except (TargetError, NonFiniteError) as error:
             source = batched_inputs[error.image]
@@ -91,7 +91,7 @@ class DetrMetaArch(nn.Module):
         backbone = self.detector.backbone
         return ImageList.from_tensors(
             images,
-            backbone.size_divisibility,
+            getattr(backbone, "size_divisibility", 0),
             padding_constraints=getattr(backbone, "padding_constraints", None),
         )
 
@@ -99,6 +99,10 @@ class DetrMetaArch(nn.Module):
         predictions = self.detector(images.tensor, mask)
         sizes = to_device(images.image_sizes, torch.float32, self.device)
         detections = postprocess(predictions, sizes, self.num_detections)
+        good = detections.scores.isfinite().all(1) & detections.boxes.isfinite().flatten(1).all(1)
+        if not good.all():
+            image = int(good.logical_not().nonzero()[0])
+            raise NonFiniteError(image, "the last decoder layer", "class scores or boxes")
         results = []
         for source, size, scores, labels, boxes in zip(
             batched_inputs, images.image_sizes, *detections, strict=True

@@ -48,7 +48,7 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     loader = instantiate(cfg.dataloader.train)
-    check_num_classes(_names(cfg.dataloader.train), model.num_classes)
+    check_num_classes(_dataset_names(cfg.dataloader.train), model.num_classes)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     device = model.device
@@ -99,7 +99,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
     bare = getattr(model, "module", model)
-    check_num_classes(_names(cfg.dataloader.test), bare.num_classes)
+    check_num_classes(_dataset_names(cfg.dataloader.test), bare.num_classes)
     if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
@@ -127,6 +127,6 @@ def _precision(cfg: DictConfig) -> str:
     return cfg.train.amp.dtype if cfg.train.amp.enabled else "float32"
 
 
-def _names(loader: DictConfig) -> str | list[str]:
+def _dataset_names(loader: DictConfig) -> str | list[str]:
     names = OmegaConf.select(loader, "dataset.names", default=[])
     return OmegaConf.to_object(names) if OmegaConf.is_config(names) else names

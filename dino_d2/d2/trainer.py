@@ -68,7 +68,9 @@ class Trainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["grad_scaler"])
+        scale = state_dict.get("grad_scaler")  # empty from a run of another precision
+        if scale and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scale)
 
 
 def _to_host(losses: Mapping[str, Tensor], iteration: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
 
 class CocoBoxes(torch.utils.data.Dataset):
-    """The images and boxes of a COCO-format json; crowd regions are left out.
+    """The images and boxes of a COCO-format json; crowd regions and empty boxes are left out.
 
     Classes are numbered from 0 in the order of the json's category ids.
     """
@@ -53,7 +53,8 @@ class CocoBoxes(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Example:
         facts = self.images[index]
         with Image.open(self.root / facts["file_name"]) as file:
-            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+            upright = ImageOps.exif_transpose(file).convert("RGB")
+        image = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
         objects = self.objects[facts["id"]]
         labels = [self.category_ids.index(entry["category_id"]) for entry in objects]
         corners = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32)
@@ -61,7 +62,8 @@ class CocoBoxes(torch.utils.data.Dataset):
         corners[:, 2:] += corners[:, :2]
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
         boxes = xyxy_to_cxcywh((corners / size).clamp(0, 1))
-        target = Target(torch.tensor(labels, dtype=torch.int64), boxes)
+        visible = (boxes[:, 2:] > 0).all(1)
+        target = Target(torch.tensor(labels, dtype=torch.int64)[visible], boxes[visible])
         return Example(image, target, facts["id"])
 
 

@@ -4,10 +4,7 @@ import json
 from os import PathLike
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 _LOSSES = ("total_loss", "loss_class", "loss_bbox", "loss_giou")
 _METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75")
@@ -18,8 +15,9 @@ def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
 
     Left the total loss and the parts of the last layer, right AP, AP50 and AP75.
     """
-    lines = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    lines = read_metrics(metrics)
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
     for axes, names, title in ((left, _LOSSES, "loss"), (right, _METRICS, "AP on the test set")):
         for name in names:
             points = [(line["iteration"], line[name]) for line in lines if name in line]
@@ -35,4 +33,17 @@ def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
     right.set_ylim(0, 100)
     figure.tight_layout()
     figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+
+
+def read_metrics(path: str | PathLike) -> list[dict]:
+    """The lines of a `metrics.json` by iteration, the last one of each; a line that a killed run
+    left unfinished is passed over.
+    """
+    by_iteration: dict[int, dict] = {}
+    for line in Path(path).read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        by_iteration.setdefault(values["iteration"], {}).update(values)
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]

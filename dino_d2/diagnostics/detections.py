@@ -4,10 +4,7 @@ import json
 from os import PathLike
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -33,7 +30,8 @@ def draw_detections(
     truth = _by_image(content["annotations"])
     found = _by_image(d for d in json.loads(Path(results).read_text()) if d["score"] >= min_score)
     shown = sorted(content["images"], key=lambda i: -len(truth.get(i["id"], [])))[:num_images]
-    figure, rows = pyplot.subplots(2, len(shown), figsize=(3 * len(shown), 6.4), squeeze=False)
+    figure = Figure(figsize=(3 * len(shown), 6.4))
+    rows = figure.subplots(2, len(shown), squeeze=False)
     for image, upper, lower in zip(shown, *rows, strict=True):
         pixels = Image.open(Path(images) / image["file_name"])
         for axes, objects in ((upper, truth), (lower, found)):
@@ -45,7 +43,6 @@ def draw_detections(
     rows[1][0].set_title(f"detections with score >= {min_score}", loc="left")
     figure.tight_layout()
     figure.savefig(out, dpi=100)
-    pyplot.close(figure)
 
 
 def _by_image(entries) -> dict[int, list[dict]]:

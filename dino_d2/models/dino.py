@@ -38,10 +38,10 @@ def build_dino(
     look_forward_twice: bool = True,
     padding_invariant: bool = False,
     denoising: str | None = "cdn",
-    denoising_queries: int | None = 200,
+    denoising_queries: int | None = None,
     denoising_groups: int | None = None,
-    label_noise: float = 0.25,
-    box_noise: float = 1.0,
+    label_noise: float | None = None,
+    box_noise: float | None = None,
     share_heads: bool = True,
     position_temperature: float = 20,
     position_offset: float = 0.0,
@@ -59,13 +59,16 @@ def build_dino(
         query_selection: "mixed" (DINO), "pure" (content from the encoder too) or "static" (all
             learned, no proposals).
         look_forward_twice: whether a box's loss also trains the layer before.
-        padding_invariant: True makes the predictions of an image the same whatever it is padded to.
-            As published they are not: positional queries are relative to the padded map, and
-            padding may become a query. Without padding, as in evaluation one image at a time, both
-            are the same.
+        padding_invariant: True makes the encoder, the queries and the decoder give the same for a
+            pyramid whatever it is padded to. As published they do not: positional queries are
+            relative to the padded map, and padding may become a query. The neck's GroupNorm sees
+            padding either way. Without padding, as in evaluation one image at a time, both are the
+            same.
         denoising: "cdn" (contrastive, DINO), "dn" (DN-DETR) or None.
-        denoising_queries, denoising_groups: how many; give one, see `Denoising`.
-        label_noise, box_noise: see `Denoising`.
+        denoising_queries, denoising_groups: how many; give at most one, see `Denoising`. By default
+            200 queries.
+        label_noise, box_noise: see `Denoising`. By default 0.25 and 1.0 (DINO), for "dn" 0.2 and
+            0.4 (DN-DETR).
         share_heads: one class and one box head for all decoder layers (official), or one pair each
             (detrex).
         position_temperature, position_offset: of the image's position encoding.
@@ -93,10 +96,10 @@ def build_dino(
             denoising,
             num_classes,
             embed_dim,
-            denoising_queries if denoising_groups is None else None,
-            denoising_groups,
-            label_noise,
-            box_noise,
+            num_queries=200 if denoising_queries is denoising_groups is None else denoising_queries,
+            num_groups=denoising_groups,
+            label_noise=label_noise,
+            box_noise=box_noise,
         ),
         matcher=matcher or HungarianMatcher(),
         criterion=criterion or Criterion(),
@@ -114,10 +117,26 @@ def _make_query_source(
     return QuerySelection(num_queries, embed_dim, class_head, box_head, content, padding_last)
 
 
-def _make_denoising(kind: str | None, *settings) -> Denoising | None:
-    kinds = {"cdn": ContrastiveDenoising, "dn": Denoising}
+def _make_denoising(
+    kind: str | None,
+    num_classes: int,
+    embed_dim: int,
+    num_queries: int | None,
+    num_groups: int | None,
+    label_noise: float | None,
+    box_noise: float | None,
+) -> Denoising | None:
+    kinds = {"cdn": (ContrastiveDenoising, 0.25, 1.0), "dn": (Denoising, 0.2, 0.4)}
     if kind is None:
         return None
     if kind not in kinds:
         raise ValueError(f"denoising must be in {[*kinds, None]}, not {kind!r}")
-    return kinds[kind](*settings)
+    make, usual_label_noise, usual_box_noise = kinds[kind]
+    return make(
+        num_classes,
+        embed_dim,
+        num_queries,
+        num_groups,
+        label_noise=usual_label_noise if label_noise is None else label_noise,
+        box_noise=usual_box_noise if box_noise is None else box_noise,
+    )

@@ -29,22 +29,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("input", help="the published file")
     parser.add_argument("output", help="to write; .pth or .safetensors")
     parser.add_argument("--config", help="check against this config: its name, or a file")
-    parser.add_argument("--num-classes", type=int, default=80, help="80 (default) or 91")
+    parser.add_argument("--num-classes", type=int, help="91 keeps all; default: 80 of 91, else all")
     args = parser.parse_args(argv)
     try:
         weights = read_weights(args.input)
-        wanted = state_of_config(args.config, args.num_classes) if args.config else None
-        converted = convert(weights, args.source, args.num_classes, wanted)
+        num_classes = args.num_classes or wanted_classes(convert(weights, args.source))
+        wanted = state_of_config(args.config, num_classes) if args.config else None
+        converted = convert(weights, args.source, num_classes, wanted)
         write_weights(converted, args.output)
     except (CheckpointError, ImportError, KeyError) as error:
         sys.exit(f"not converted: {error.args[0]}")
     checked = "checked against the config" if args.config else "not checked against a config"
-    print(f"{args.output}: {len(converted)} weights for {args.num_classes} classes, {checked}")
+    print(f"{args.output}: {len(converted)} weights for {num_classes} classes, {checked}")
     if args.source == "detrex":
         settings = ", ".join(f"{name}={value}" for name, value in DETREX_SETTINGS.items())
         print(f"These weights need a model with {settings}, as dino_r50_4scale_12ep_detrex.")
-    if args.num_classes != 80:
-        print(f"Use them with model.detector.num_classes={args.num_classes}.")
+    if num_classes == 91:
+        print("They score COCO's category ids; Detectron2's data sets number 80 classes from 0.")
+    elif num_classes != 80:
+        print(f"Use them with model.detector.num_classes={num_classes}.")
+
+
+def wanted_classes(converted: Mapping[str, Tensor]) -> int:
+    """80 of the 91 that official COCO weights have, else as many as there are."""
+    given = next(len(tensor) for name, tensor in converted.items() if "class_heads" in name)
+    return 80 if given == 91 else given
 
 
 def state_of_config(config: str, num_classes: int) -> Mapping[str, Tensor]:

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
             on_levels = reference[:, :, None] * ratios  # (B, Q, L, 4)
             placed = on_levels[:, :, 0] if self.padded_positions else reference
             encoded = encode_boxes(placed, content.shape[-1] // 2)
-            positions = self.position_mlp(encoded)
+            positions = self.position_mlp(encoded.to(content.dtype))
             content = layer(content, positions, on_levels, memory, attn_mask)
             output = self.norm(content)
             logits.append(heads.classify(index, output))

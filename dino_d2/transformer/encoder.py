@@ -40,7 +40,7 @@ class DeformableEncoder(nn.Module):
         memory = flatten_pyramid(pyramid)
         positions = torch.cat(
             [
-                position.flatten(2).transpose(1, 2) + embedding
+                position.flatten(2).transpose(1, 2).to(embedding.dtype) + embedding
                 for position, embedding in zip(pyramid.positions, self.level_embed, strict=True)
             ],
             1,

@@ -63,7 +63,7 @@ class QuerySelection(nn.Module):
         if self.content is None:
             content = tokens.detach()
         else:
-            content = self.content[:count].expand(len(boxes), -1, -1)
+            content = self.content[:count].expand(boxes.shape[0], -1, -1)
         return Queries(content, boxes.detach()), Predictions(logits[None], boxes[None])
 
 
@@ -79,7 +79,7 @@ class LearnedQueries(nn.Module):
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """The same queries for every image, and no proposals."""
-        batch = len(memory.tokens)
+        batch = memory.tokens.shape[0]
         content = self.content.expand(batch, -1, -1)
         return Queries(content, self.anchors.sigmoid().expand(batch, -1, -1)), None
 

@@ -33,7 +33,8 @@ def test_all_problems_are_listed_at_once_and_nothing_is_loaded():
     assert str(error.value).split("\n", 1) == [
         "the weights do not fit the model. 2 missing:",
         "  neck.bias\n  heads.bias\n2 unexpected:\n  extra.one\n  extra.two\n"
-        "1 of another shape:\n  heads.weight: (5, 3) given, (1, 3) wanted",
+        "1 of another shape:\n  heads.weight: (5, 3) given, (1, 3) wanted\n"
+        "`skip` (train.init_skip in a config) leaves names out, by patterns.",
     ]
     assert_state(model, before)
 

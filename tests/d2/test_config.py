@@ -215,7 +215,7 @@ def test_yacs_keys_are_the_defaults_of_the_model():
     cfg = get_cfg()
     add_dino_d2_config(cfg)
     parameters = inspect.signature(build_dino).parameters
-    keys = {"NUM_CLASSES", "NUM_LEVELS", "NUM_QUERIES", "DENOISING", "DENOISING_QUERIES"}
+    keys = {"NUM_CLASSES", "NUM_LEVELS", "NUM_QUERIES", "DENOISING"}
     assert {key: cfg.MODEL.DINO[key] for key in keys} == {
         key: parameters[key.lower()].default for key in keys
     }

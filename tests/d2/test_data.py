@@ -134,6 +134,9 @@ def test_the_evaluator_takes_a_file(shapes):
     from dino_d2.d2.data import coco_evaluator
 
     assert isinstance(coco_evaluator(shapes), COCOEvaluator)
+    assert isinstance(coco_evaluator([shapes]), COCOEvaluator)
+    with pytest.raises(ValueError, match="one data set at a time"):
+        coco_evaluator([shapes, shapes])
 
 
 def test_the_right_number_of_classes_passes(shapes):

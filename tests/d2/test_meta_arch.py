@@ -207,3 +207,19 @@ def test_detectron2s_checkpointer_loads_a_plain_detectors_weights(tmp_path, pref
         assert torch.equal(tensor, other.state_dict()[name])
     assert not incompatible[0].missing_keys
     assert not incompatible[0].unexpected_keys
+
+
+def test_a_prediction_that_is_not_finite_is_named():
+    model = tiny_model().eval()
+    model.detector.heads.class_heads[0].bias.data[1] = torch.nan
+    inputs = [make_input(file_name="a.jpg", image_id=1), make_input(file_name="b.jpg", image_id=2)]
+    with pytest.raises(FloatingPointError, match=r"image 0 of the batch \(a\.jpg, id 1\)"):
+        model(inputs)
+
+
+def test_scores_of_mixed_precision_rank_as_finely_as_single():
+    model = tiny_model().eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        scores = model([make_input()])[0]["instances"].scores
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())

@@ -248,3 +248,17 @@ def test_a_misspelt_override_ends_before_anything_is_written(data, tmp_path):
     assert done.returncode != 0
     assert "did you mean 'max_iter'?" in done.stderr.splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("nest", ["model", "state_dict", None])
+def test_checkpoints_of_any_form_load(trained, data, tmp_path, nest):
+    from detectron2.config import instantiate
+
+    from dino_d2.d2 import Checkpointer
+
+    state = weights(trained / "model_final.pth")
+    torch.save({nest: state} if nest else state, tmp_path / "weights.pth")
+    model = instantiate(make_config(tmp_path, data, 1).model)
+    Checkpointer(model).load(str(tmp_path / "weights.pth"))
+    name = "detector.encoder.level_embed"
+    assert torch.equal(model.state_dict()[name], state[name])

@@ -147,3 +147,14 @@ def test_state_goes_on_where_it_was():
     other.load_state_dict(trainer.state_dict())
     assert other.scaler.get_scale() == trainer.scaler.get_scale()
     assert other.iter == trainer.iter
+
+
+@pytest.mark.parametrize("before", ["float32", "float16"])
+@pytest.mark.parametrize("after", ["float32", "float16", "bfloat16"])
+def test_a_run_resumes_in_another_precision(before, after):
+    trainer = make_trainer(GRADIENT, precision=before)
+    train(trainer)
+    state = trainer.state_dict()
+    other = make_trainer(GRADIENT, precision=after)
+    other.load_state_dict(state)
+    assert other.iter == state["iteration"]

@@ -12,7 +12,8 @@ from dino_d2.data.coco import COCO_CATEGORY_IDS, CocoBoxes, evaluate_boxes, to_c
 from dino_d2.data.shapes import make_shapes
 from dino_d2.types import Detections
 
-# Category ids out of order and with gaps; image 7 has an object that leaves it, and a crowd.
+# Category ids out of order and with gaps; image 7 has an object that leaves it, and a
+# crowd; the only object of image 5 is outside.
 CONTENT = {
     "images": [
         {"id": 7, "file_name": "colour.png", "height": 60, "width": 80},
@@ -24,6 +25,7 @@ CONTENT = {
         {"id": 2, "image_id": 7, "category_id": 2, "bbox": [0, 0, 80, 60], "area": 9, "iscrowd": 1},
         {"id": 3, "image_id": 7, "category_id": 4, "bbox": [70, 50, 40, 40], "area": 100},
         {"id": 4, "image_id": 3, "category_id": 2, "bbox": [0, 0, 30, 20], "area": 600},
+        {"id": 5, "image_id": 5, "category_id": 2, "bbox": [50, 5, 10, 4], "area": 40},
     ],
     "categories": [{"id": 9, "name": "z"}, {"id": 2, "name": "a"}, {"id": 4, "name": "b"}],
 }

@@ -1,10 +1,12 @@
 """Pictures are written, show what they should, and cope with having little to show."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dino_d2.diagnostics import curves, detections
@@ -16,16 +18,15 @@ LOSSES = {"total_loss": 9.0, "loss_class": 1.0, "loss_bbox": 2.0, "loss_giou": 3
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were drawn, kept for a look after they are closed."""
-    drawn, subplots = [], pyplot.subplots
+    """The figures that were drawn."""
+    drawn = []
 
     def keep(*args, **kwargs):
-        result = subplots(*args, **kwargs)
-        drawn.append(result[0])
-        return result
+        drawn.append(Figure(*args, **kwargs))
+        return drawn[-1]
 
     for module in (curves, detections):
-        monkeypatch.setattr(module.pyplot, "subplots", keep)
+        monkeypatch.setattr(module, "Figure", keep)
     return drawn
 
 
@@ -111,10 +112,25 @@ def test_curves_of_nothing(tmp_path):
     assert plot(tmp_path, [])
 
 
-def test_figures_are_closed(data):
-    plot(data, [{"iteration": 0, **LOSSES}])
-    draw(data, [])
-    assert not pyplot.get_fignums()
+def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(tmp_path, figures):
+    whole = '{"iteration": 4, "total_loss": 2}\n'
+    (tmp_path / "metrics.json").write_text('{"iteration": 3, "tot' + whole + whole)
+    plot_curves(tmp_path / "metrics.json", tmp_path / "curves.png")
+    assert figures[0].axes[0].lines[0].get_xydata().tolist() == [[4, 2]]
+
+
+def test_of_runs_in_the_same_folder_the_last_one_counts(tmp_path, figures):
+    plot(tmp_path, [{"iteration": i, "total_loss": v} for v, i in ((9, 0), (8, 1), (5, 0), (4, 1))])
+    assert figures[0].axes[0].lines[0].get_xydata().tolist() == [[0, 5], [1, 4]]
+
+
+def test_the_users_matplotlib_is_left_alone():
+    """Its backend, and its list of open figures."""
+    code = (
+        "import matplotlib; matplotlib.use('svg'); import dino_d2.diagnostics.curves, "
+        "dino_d2.diagnostics.detections; assert matplotlib.get_backend() == 'svg'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_detections_are_below_the_truth(data, figures):

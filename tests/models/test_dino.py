@@ -140,7 +140,7 @@ def test_names_of_the_losses(num_layers, denoising):
 
 def test_groups_are_normalized_by_their_number_of_objects():
     """Each of the denoising groups holds all objects once more."""
-    model, seen = tiny_dino(denoising_groups=5).train(), {}
+    model, seen = tiny_dino(denoising_queries=None, denoising_groups=5).train(), {}
     model.criterion = lambda groups, targets: seen.update({g.name: g.normalizer for g in groups})
     model(*tiny_batch(), tiny_targets(3, 1))
     assert seen == {"": 4, "enc": 4, "dn": 20}
@@ -176,9 +176,20 @@ def test_choice_of_denoising(choice, kind):
     assert type(tiny_dino(denoising=choice).denoising) is kind
 
 
-def test_a_number_of_groups_replaces_the_number_of_denoising_queries():
-    denoising = tiny_dino(denoising_groups=3).denoising
+def test_denoising_takes_a_number_of_groups_or_of_queries():
+    denoising = tiny_dino(denoising_queries=None, denoising_groups=3).denoising
     assert (denoising.num_groups, denoising.num_queries) == (3, None)
+    denoising = tiny_dino(denoising_queries=None).denoising
+    assert (denoising.num_groups, denoising.num_queries) == (None, 200)
+    with pytest.raises(ValueError, match="either num_queries or num_groups"):
+        tiny_dino(denoising_queries=8, denoising_groups=3)
+
+
+@pytest.mark.parametrize(("kind", "noise"), [("cdn", (0.25, 1.0)), ("dn", (0.2, 0.4))])
+def test_each_denoising_has_its_published_noise(kind, noise):
+    denoising = tiny_dino(denoising=kind).denoising
+    assert (denoising.label_noise, denoising.box_noise) == noise
+    assert tiny_dino(denoising=kind, label_noise=0.0).denoising.label_noise == 0
 
 
 @pytest.mark.parametrize("setting", ["query_selection", "denoising"])
