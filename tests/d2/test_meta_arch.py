@@ -223,3 +223,17 @@ def test_scores_of_mixed_precision_rank_as_finely_as_single():
         scores = model([make_input()])[0]["instances"].scores
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_a_swin_takes_images_of_any_size():
+    """Detectron2's misspells its divisibility and raises when asked for it."""
+    from detectron2.config import instantiate
+
+    from dino_d2 import model_zoo
+
+    cfg = model_zoo.get_config("dino/dino_swin_tiny_224_4scale_12ep")
+    cfg.model.detector.encoder_layers = cfg.model.detector.decoder_layers = 1
+    model = instantiate(cfg.model).eval()
+    with torch.no_grad():
+        (found,) = model([{"image": torch.zeros(3, 101, 131, dtype=torch.uint8)}])
+    assert found["instances"].image_size == (101, 131)
