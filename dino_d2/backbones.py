@@ -126,6 +126,8 @@ class TorchvisionBackbone(_Backbone):
         strides: the maps to return, out of 4, 8, 16 and 32.
         weights: torchvision's name of weights to download, for example "IMAGENET1K_V1".
         norm, freeze_at: see `TimmBackbone`.
+        dilated: the last stage of a ResNet keeps the stride of 16 by dilation (DC5), and is the map
+            of that stride.
 
     Raises:
         ValueError: an unknown kind of model, or a stride that it has not.
@@ -138,14 +140,20 @@ class TorchvisionBackbone(_Backbone):
         weights: str | None = None,
         norm: str = "BN",
         freeze_at: int = 0,
+        dilated: bool = False,
     ):
         known = [prefix for prefix in _TORCHVISION_STAGES if name.startswith(prefix)]
         if not known:
             raise ValueError(f"no stages known for torchvision's {name}; use TimmBackbone")
         nodes, channels_last = _TORCHVISION_STAGES[known[0]]
-        _check_strides(name, strides, [4, 8, 16, 32])
-        outputs = {nodes[(4, 8, 16, 32).index(s)]: f"stride{s}" for s in strides}
-        model = torchvision.models.get_model(name, weights=weights)
+        available = {4: nodes[0], 8: nodes[1], 16: nodes[2], 32: nodes[3]}
+        options = {}
+        if dilated:
+            options["replace_stride_with_dilation"] = [False, False, True]
+            available[16] = available.pop(32)
+        _check_strides(name, strides, list(available))
+        outputs = {available[s]: f"stride{s}" for s in strides}
+        model = torchvision.models.get_model(name, weights=weights, **options)
         _freeze(model, nodes, freeze_at, norm)
         body = create_feature_extractor(model, outputs)
         with torch.no_grad():

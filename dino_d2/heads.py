@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .box_ops import inverse_sigmoid
 from .layers import MLP
@@ -27,16 +28,32 @@ def make_box_head(embed_dim: int) -> MLP:
 
 
 class Heads(nn.Module):
-    """A class head and a box head for N decoder layers: one pair for all, or one pair each."""
+    """A class head and a box head for N decoder layers: one pair for all, or one pair each.
 
-    def __init__(self, embed_dim: int, num_classes: int, num_layers: int, shared: bool):
+    Args:
+        size_bias: what the first (or only) box head adds to the logits of width and height at the
+            start of training.
+        eps: of `inverse_sigmoid`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_classes: int,
+        num_layers: int,
+        shared: bool,
+        size_bias: float = 0.0,
+        eps: float = 1e-3,
+    ):
         super().__init__()
         count = 1 if shared else num_layers
         self.num_classes = num_classes
+        self.eps = eps
         self.class_heads = nn.ModuleList(
             make_class_head(embed_dim, num_classes) for _ in range(count)
         )
         self.box_heads = nn.ModuleList(make_box_head(embed_dim) for _ in range(count))
+        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], size_bias)
 
     def classify(self, layer: int, content: Tensor) -> Tensor:
         """(B, Q, D) -> logits (B, Q, K), in the precision of the weights, as ranking needs it."""
@@ -45,8 +62,9 @@ class Heads(nn.Module):
             return head(content.to(head.weight.dtype))
 
     def refine(self, layer: int, content: Tensor, reference: Tensor) -> Tensor:
-        """Move reference boxes (B, Q, 4) by what content (B, Q, D) says; iterative refinement
-        (Deformable DETR, A.4).
+        """Move reference boxes (B, Q, 4), or points (B, Q, 2), by what content (B, Q, D) says:
+        boxes (B, Q, 4); iterative refinement (Deformable DETR, A.4).
         """
         offsets = self.box_heads[layer % len(self.box_heads)](content)
-        return (offsets + inverse_sigmoid(reference)).sigmoid()
+        known = inverse_sigmoid(reference, self.eps)
+        return (offsets + functional.pad(known, (0, 4 - known.shape[-1]))).sigmoid()

@@ -40,6 +40,7 @@ class Memory(NamedTuple):
     """The encoder's output: the tokens of all levels in one sequence."""
 
     tokens: Tensor  # (B, S, D)
+    positions: Tensor  # (B, S, D) their encodings
     padding_mask: Tensor  # (B, S)
     spatial_shapes: tuple[tuple[int, int], ...]  # L x (h, w), known to the host
     level_sizes: Tensor  # (L, 2) the same as (width, height) on the device, in float
@@ -50,7 +51,8 @@ class Queries(NamedTuple):
     """What the decoder starts from."""
 
     content: Tensor  # (B, Q, D)
-    anchors: Tensor  # (B, Q, 4) cxcywh in [0, 1]
+    anchors: Tensor  # (B, Q, 4) cxcywh in [0, 1], or (B, Q, 2) reference points
+    positions: Tensor | None = None  # (B, Q, D) where they do not follow from the anchors
 
 
 class Predictions(NamedTuple):

@@ -1,22 +1,12 @@
 """Markers that skip with a plain reason, and fixtures shared by all tests."""
 
 import importlib.util
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from machine import find_nvcc
 
 from dino_d2.ops import load_native
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler, on the PATH or where CUDA_HOME or the usual place has it."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    paths = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    return next((str(path) for path in paths if path.is_file()), shutil.which("nvcc"))
-
 
 REASONS = {
     "detectron2": (

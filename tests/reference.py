@@ -52,6 +52,24 @@ def ms_deform_attn_loop(value, shapes, locations, weights, grad_output=None):
     return output if grad_output is None else (output, grad_value, grad_locations, grad_weights)
 
 
+def attention_loop(query, key, value, num_heads, blocked):
+    """softmax(q k / sqrt(d)) v for (Q, D'), (S, D'), (S, D) and (Q, S); heads lie side by side."""
+    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
+    per_key, per_value = key.shape[1] // num_heads, value.shape[1] // num_heads
+    output = np.zeros((len(query), value.shape[1]))
+    for q, h in np.ndindex(len(query), num_heads):
+        part = slice(h * per_key, (h + 1) * per_key)
+        weights = {}
+        for s in range(len(key)):
+            if not blocked[q][s]:
+                dot = sum(query[q, part] * key[s, part])
+                weights[s] = math.exp(dot / math.sqrt(per_key))
+        part = slice(h * per_value, (h + 1) * per_value)
+        for s, weight in weights.items():
+            output[q, part] += weight / sum(weights.values()) * value[s, part]
+    return output
+
+
 def generalized_iou_loop(boxes_a, boxes_b, eps=0.0):
     """(A, 4) and (B, 4) cxcywh -> (A, B): Rezatofighi et al., algorithm 1."""
     result = np.zeros((len(boxes_a), len(boxes_b)))

@@ -110,6 +110,26 @@ def test_maps_equal_torchvisions_own_layers():
             torch.testing.assert_close(feature, x)
 
 
+@torch.no_grad()
+def test_a_dilated_last_stage_is_the_map_of_stride_16(one_thread):
+    options = {"replace_stride_with_dilation": [False, False, True]}
+    model = torchvision.models.resnet50(**options).eval()
+    backbone = TorchvisionBackbone("resnet50", (8, 16), dilated=True).eval()
+    backbone.body.load_state_dict(model.state_dict(), strict=False)
+    assert backbone.output_shape() == {
+        "stride8": FeatureShape(512, 8),
+        "stride16": FeatureShape(2048, 16),
+    }
+    x = images = torch.randn(1, 3, 40, 52)
+    for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        x = model.get_submodule(name)(x)
+    feature = backbone(images)["stride16"]
+    assert feature.shape == (1, 2048, 3, 4)
+    torch.testing.assert_close(feature, x)
+    with pytest.raises(ValueError, match=r"strides \[4, 8, 16\]; asked for, .* \[32\]"):
+        TorchvisionBackbone("resnet50", (32,), dilated=True)
+
+
 @pytest.mark.parametrize(("library", "name"), WEIGHTS)
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 4, 9])
 def test_freeze_at_freezes_the_stem_and_the_first_stages(library, name, freeze_at):

@@ -1,6 +1,7 @@
 """The configs: their names, what they build, and that they survive being saved."""
 
 import ast
+import copy
 import re
 import sys
 from functools import cache, partial
@@ -13,7 +14,10 @@ from dino_d2 import model_zoo
 
 ROOT = Path(__file__).parents[1]
 NAMES = model_zoo.list_configs()
-COCO = [name for name in NAMES if name != "dino/dino_shapes"]
+SHAPES = [name for name in NAMES if name.endswith("_shapes")]
+COCO = [name for name in NAMES if name not in SHAPES]
+DINO = [name for name in NAMES if name.startswith("dino/")]
+OTHERS = [name for name in NAMES if name not in DINO]
 COCO_EPOCH = 7393  # iterations: 118,287 images in batches of 16
 DROP = {12: 11, 24: 20, 36: 30, 50: 40}  # a schedule's length: after which epoch the rate drops
 
@@ -76,6 +80,22 @@ def test_every_config_of_the_first_issue_is_there():
     assert expected <= set(NAMES)
 
 
+def test_every_published_relative_is_there():
+    backbones = ("r50", "r101", "dc5_r50", "dc5_r101")
+    dn = [f"dn_detr_{b}_50ep" for b in backbones]
+    dn += [f"dn_detr_dc5_{b}_3patterns_12ep" for b in ("r50", "r101")]
+    dn += [f"dn_detr_deformable_encoder_{b}" for b in ("r50_12ep", "r101_12ep", "r50_50ep")]
+    dn += [f"dn_deformable_detr_{x}" for x in ("r50_12ep", "r50_24ep", "r50_50ep", "shapes")]
+    dab = [f"dab_detr_{b}_50ep" for b in backbones]
+    dab += [f"dab_detr_{b}_3patterns_50ep" for b in ("r50", "dc5_r50")]
+    dab += [f"dab_deformable_detr_{x}" for x in ("r50_50ep", "shapes")]
+    variants = ("", "refine_", "two_stage_", "single_scale_")
+    deformable = [f"deformable_detr_r50_{variant}50ep" for variant in variants]
+    expected = {"dn_detr": dn, "dab_detr": dab, "deformable_detr": deformable}
+    for project, names in expected.items():
+        assert {f"{project}/{name}" for name in (*names, f"{project}_shapes")} <= set(NAMES)
+
+
 @pytest.mark.parametrize("name", ["dino/dino_r50_4scale_12ep", "dino/dino_r50_4scale_12ep.py"])
 def test_file_of_a_name(name):
     file = model_zoo.get_config_file(name)
@@ -126,7 +146,62 @@ def test_no_lambdas():
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_relatives_are_what_their_names_say(name, build):
+    model, stem = build(load(name).model), name.partition("/")[2]
+    kinds = {"dn_": "DNDETR", "dab_detr": "DABDETR", "deformable_detr": "DeformableDETR"}
+    kinds["dab_deformable"] = "DABDeformableDETR"
+    (kind,) = [kind for prefix, kind in kinds.items() if stem.startswith(prefix)]
+    assert type(model).__name__ == kind
+    detector = model.detector
+    if name in SHAPES:
+        assert detector.num_classes == 3
+        return
+    size = 42.5 if "r101" in stem else 23.5
+    weights = sum(p.numel() for p in detector.backbone.parameters()) / 1e6
+    assert weights == pytest.approx(size, rel=0.02)
+    assert getattr(detector.query_source, "num_patterns", 0) == (
+        3 if "patterns" in stem or "encoder" in stem else 0
+    )
+    strides = detector.backbone.output_shape()
+    coarsest = strides[detector.neck.in_features[-1]].stride
+    assert coarsest == (16 if "dc5" in stem else 32)
+    multi_scale = "deformable" in stem and "single" not in stem
+    assert len(detector.neck.projections) == (4 if multi_scale else 1)
+    assert (detector.denoising is not None) == stem.startswith("dn_")
+    assert model.num_detections == (100 if "deformable_detr" in stem else 300)
+    cfg = load(name).train
+    assert cfg.init_backbone.endswith("/R-101.pkl" if "r101" in stem else "/R-50.pkl")
+    assert (cfg.output_dir, cfg.init_checkpoint) == (f"./output/{stem}", "")
+
+
+# Parameters of the official models with 91 classes: all of them; of Deformable DETR those trained.
+# DN-Deformable-DETR's 255 are a label embedding that nothing uses.
+OFFICIAL = {
+    "dn_detr/dn_detr_r50_50ep": 43_694_977,
+    "dn_detr/dn_detr_dc5_r50_3patterns_12ep": 43_694_977 + 768,
+    "dn_detr/dn_detr_r101_50ep": 62_634_881,
+    "dn_detr/dn_deformable_detr_r50_50ep": 47_429_154 - 255,
+    "dn_detr/dn_detr_deformable_encoder_r50_12ep": 48_488_589,
+    "dn_detr/dn_detr_deformable_encoder_r101_12ep": 67_428_493,
+    "dab_detr/dab_detr_r50_50ep": 43_694_977 - 92 * 255,  # DN-DETR without its embedding
+    "deformable_detr/deformable_detr_r50_50ep": 39_847_265,
+}
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_number_of_parameters(name, build):
+    cfg = copy.deepcopy(load(name).model)
+    cfg.detector.num_classes = 91
+    parameters = list(build(cfg).parameters())
+    if name.startswith("deformable_detr"):
+        parameters = [p for p in parameters if p.requires_grad]
+    assert sum(p.numel() for p in parameters) == OFFICIAL[name]
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", DINO)
 def test_model_is_what_the_name_says(name, build):
     model = build(load(name).model)
     backbone, scales, _ = ("shapes", 3, 12) if name == "dino/dino_shapes" else parts(name)
@@ -143,7 +218,7 @@ def test_model_is_what_the_name_says(name, build):
 
 
 @pytest.mark.detectron2
-@pytest.mark.parametrize("name", COCO)
+@pytest.mark.parametrize("name", [name for name in DINO if name in COCO])
 def test_weights_and_folder_are_those_of_the_name(name):
     cfg = load(name)
     backbone, _, _ = parts(name)
@@ -171,13 +246,15 @@ def test_keys_of_training(name, build):
     from detectron2.config import instantiate
 
     cfg = load(name)
-    assert {"train", "test", "evaluator"} <= set(cfg.dataloader)
-    assert all("_target_" in cfg.dataloader[part] for part in ("train", "test", "evaluator"))
-    assert cfg.dataloader.train.mapper.image_format == cfg.dataloader.test.mapper.image_format
+    loaders = [cfg.dataloader[part] for part in ("train", "test", "matching")]
+    assert all("_target_" in part for part in (*loaders, cfg.dataloader.evaluator))
+    assert len({loader.mapper.image_format for loader in loaders}) == 1
+    assert cfg.dataloader.matching.dataset == cfg.dataloader.test.dataset
     cfg = build_optimizer_config(cfg, build(cfg.model))
     groups = instantiate(cfg).param_groups
-    shapes = name == "dino/dino_shapes"
-    assert {group["lr"] for group in groups} == ({1e-3} if shapes else {1e-4, 1e-5})
+    rate = 1e-3 if name in SHAPES else 2e-4 if name.startswith("deformable_detr") else 1e-4
+    rates = sorted({group["lr"] for group in groups}, reverse=True)
+    assert rates == pytest.approx([rate] if name in SHAPES else [rate, rate / 10])
     assert {group["weight_decay"] for group in groups} == {1e-4}
 
 
@@ -195,11 +272,13 @@ def test_schedule(name):
     from detectron2.config import instantiate
 
     cfg = load(name)
-    _, _, epochs = parts(name)
-    assert cfg.train.max_iter == epochs * COCO_EPOCH
-    assert cfg.dataloader.train.total_batch_size == 16
+    epochs = int(re.search(r"_(\d+)ep", name)[1])
+    batch = 32 if name.startswith("deformable_detr") else 16
+    assert cfg.train.max_iter == epochs * COCO_EPOCH * 16 // batch
+    assert cfg.train.eval_period == cfg.train.checkpointer.period == COCO_EPOCH * 16 // batch
+    assert cfg.dataloader.train.total_batch_size == batch
     multiplier = instantiate(cfg.lr_multiplier)
-    drop = DROP[epochs] * COCO_EPOCH
+    drop = DROP[epochs] * COCO_EPOCH * 16 // batch
     iterations = (0, drop - 1, drop, cfg.train.max_iter - 1)
     factors = [multiplier(iteration / cfg.train.max_iter) for iteration in iterations]
     assert factors == pytest.approx([1, 1, 0.1, 0.1])

@@ -11,6 +11,7 @@ train = dict(
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=7393, max_to_keep=5),
     eval_period=7393,
+    instability_period=0,  # iterations between matchings of the test set; 0 never
     log_period=20,
     device="auto",  # "cuda" where there is a GPU, else "cpu"
     seed=42,

@@ -9,16 +9,45 @@ from ..data.coco import COCO_CATEGORY_IDS
 from .backbones import common_names
 from .io import CheckpointError
 from .load import check_names, translate_backbone
-from .names import OFFICIAL_DINO, detrex_dino, rename
+from .names import (
+    detrex,
+    official_dab,
+    official_deformable_detr,
+    official_dino,
+    rename,
+    split,
+)
 
-# Settings in which a detector must differ from `build_dino`'s defaults to run the weights.
-DETREX_SETTINGS = {
-    "share_heads": False,
-    "position_temperature": 10000,
-    "position_offset": -0.5,
+# What to change in our configs so that the model runs as detrex's does, by `detrex_model`.
+_TOP_300 = {"num_detections": 300}
+_DETREX_DEFORMABLE = {"detector.reference_eps": 1e-3, **_TOP_300}
+DETREX_SETTINGS: dict[str, dict[str, object]] = {
+    "dino": {
+        "detector.share_heads": False,
+        "detector.position_temperature": 10000,
+        "detector.position_offset": -0.5,
+    },
+    "dab_detr": {},
+    "dn_detr": {},
+    "dab_deformable_detr": _TOP_300,
+    "dab_deformable_detr_two_stage": {"detector.two_stage": True, **_TOP_300},
+    "dn_deformable_detr": _TOP_300,
+    "deformable_detr": _DETREX_DEFORMABLE,
+    "deformable_detr_refine": {"detector.box_refinement": True, **_DETREX_DEFORMABLE},
+    "deformable_detr_two_stage": {
+        "detector.box_refinement": True,
+        "detector.two_stage": True,
+        **_DETREX_DEFORMABLE,
+    },
 }
 
-SOURCES = {"dino": lambda names: OFFICIAL_DINO, "detrex": detrex_dino}
+SOURCES = {
+    "dino": official_dino,
+    "dn-detr": official_dab,
+    "dab-detr": official_dab,
+    "deformable-detr": official_deformable_detr,
+    "detrex": detrex,
+}
 
 
 def convert(
@@ -27,11 +56,12 @@ def convert(
     num_classes: int | None = None,
     wanted: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Rename the weights of another repository's DINO.
+    """Rename the weights of another repository's detector.
 
     Args:
         weights: by their official names, as published.
-        source: where they come from: "dino" (IDEA-Research/DINO) or "detrex".
+        source: where they come from: "dino", "dn-detr" or "dab-detr" (IDEA-Research),
+            "deformable-detr" (fundamentalvision), or "detrex".
         num_classes: 80 picks Detectron2's contiguous COCO classes out of a head for the 91 COCO
             ids. By default the head stays as it is.
         wanted: state dict of the model that the result is for. Backbone names follow it, and every
@@ -52,7 +82,8 @@ def convert(
         if target in result and not torch.equal(result[target], tensor):
             raise CheckpointError(f"{name!r} should equal another copy of {target!r}, but does not")
         result[target] = tensor
-    result = _merge_shared_heads(result) if source == "dino" else result
+    result = split(result)
+    result = _merge_shared_heads(result) if source != "detrex" else result
     result = _fit_classes(result, num_classes)
     result = _drop_unused_norm(result)
     if wanted is None:
@@ -89,7 +120,12 @@ def _fit_classes(weights: dict[str, Tensor], num_classes: int | None) -> dict[st
             raise CheckpointError(f"cannot turn {given} classes into {num_classes}")
         rows = torch.tensor(COCO_CATEGORY_IDS)
     chosen = [*heads, *([embedding] if embedding in weights else [])]
-    return {**weights, **{name: weights[name][rows] for name in chosen}}
+    result = {**weights, **{name: weights[name][rows] for name in chosen}}
+    if "query_source.from_box.weight" in weights:  # two-stage: the first output means any object
+        for name in heads:
+            if name.startswith("query_source."):
+                result[name][0] = weights[name][0]
+    return result
 
 
 def _drop_unused_norm(weights: dict[str, Tensor]) -> dict[str, Tensor]:

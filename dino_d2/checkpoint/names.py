@@ -8,81 +8,335 @@ dropped by the name None. A name without a row is an error, so that nothing gets
 import re
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from .io import CheckpointError
 
 Table = list[tuple[str, str | None]]
 
-OFFICIAL_DINO: Table = [
-    ("backbone.0.*", "backbone.*"),
+_BACKBONE: Table = [("backbone.0.*", "backbone.*")]
+
+# Official encoders and decoders, each by its kind of layers.
+_DEFORMABLE_ENCODER: Table = [
     ("input_proj.#.#.*", "neck.projections.#.#.*"),
     ("transformer.level_embed", "encoder.level_embed"),
     ("transformer.encoder.layers.#.self_attn.*", "encoder.layers.#.attention.*"),
     ("transformer.encoder.layers.#.norm1.*", "encoder.layers.#.attention_norm.*"),
     ("transformer.encoder.layers.#.linear#.*", "encoder.layers.#.ffn.linear#.*"),
     ("transformer.encoder.layers.#.norm2.*", "encoder.layers.#.ffn.norm.*"),
+]
+_DENSE_ENCODER: Table = [
+    ("input_proj.weight", "neck.projections.0.0.weight"),
+    ("input_proj.bias", "neck.projections.0.0.bias"),
+    ("transformer.encoder.query_scale.*", "encoder.scale.*"),
+    ("transformer.encoder.layers.#.activation.*", "encoder.layers.#.ffn.activation.*"),
+]
+_PROPOSALS: Table = [
     ("transformer.enc_output.*", "query_source.project.*"),
     ("transformer.enc_output_norm.*", "query_source.norm.*"),
-    ("transformer.enc_out_class_embed.*", "query_source.class_head.*"),
-    ("transformer.enc_out_bbox_embed.*", "query_source.box_head.*"),
-    ("transformer.tgt_embed.weight", "query_source.content"),
+]
+_DEFORMABLE_DECODER: Table = [
     ("transformer.decoder.layers.#.self_attn.*", "decoder.layers.#.self_attention.*"),
     ("transformer.decoder.layers.#.norm2.*", "decoder.layers.#.self_attention_norm.*"),
     ("transformer.decoder.layers.#.cross_attn.*", "decoder.layers.#.cross_attention.*"),
     ("transformer.decoder.layers.#.norm1.*", "decoder.layers.#.cross_attention_norm.*"),
+]
+_CONDITIONAL_DECODER: Table = [
+    (
+        "transformer.decoder.layers.#.self_attn.out_proj.*",
+        "decoder.layers.#.self_attention.output.*",
+    ),
+    ("transformer.decoder.layers.#.norm1.*", "decoder.layers.#.self_attention_norm.*"),
+    (
+        "transformer.decoder.layers.#.cross_attn.out_proj.*",
+        "decoder.layers.#.cross_attention.output.*",
+    ),
+    ("transformer.decoder.layers.#.ca_out_v_proj.*", "decoder.layers.#.cross_attention.output.*"),
+    ("transformer.decoder.layers.#.lvl_attn.*", "decoder.layers.#.level.*"),
+    ("transformer.decoder.layers.#.norm2.*", "decoder.layers.#.cross_attention_norm.*"),
+    ("transformer.decoder.layers.#.activation.*", "decoder.layers.#.ffn.activation.*"),
+    *(
+        (
+            f"transformer.decoder.layers.#.{short}_{theirs}_proj.*",
+            f"decoder.layers.#.{long}.{ours}.*",
+        )
+        for short, long in (("sa", "self_attention"), ("ca", "cross_attention"))
+        for theirs, ours in (
+            ("qcontent", "query_content"),
+            ("qpos", "query_position"),
+            ("kcontent", "key_content"),
+            ("kpos", "key_position"),
+            ("v", "value"),
+            ("qpos_sine", "query_sine"),
+        )
+    ),
+]
+_PLACEMENT: Table = [
+    ("transformer.decoder.norm.*", "decoder.norm.*"),
+    ("transformer.decoder.ref_point_head.*", "decoder.placement.mlp.*"),
+    ("transformer.decoder.query_scale.*", "decoder.placement.scale.*"),
+    ("transformer.decoder.ref_anchor_head.*", "decoder.placement.size.*"),
+]
+_DECODER: Table = [
     ("transformer.decoder.layers.#.linear#.*", "decoder.layers.#.ffn.linear#.*"),
     ("transformer.decoder.layers.#.norm3.*", "decoder.layers.#.ffn.norm.*"),
-    ("transformer.decoder.norm.*", "decoder.norm.*"),
-    ("transformer.decoder.ref_point_head.*", "decoder.position_mlp.*"),
+    *_PLACEMENT,
+]
+_HEADS: Table = [
     ("transformer.decoder.class_embed.#.*", "heads.class_heads.#.*"),
     ("transformer.decoder.bbox_embed.#.*", "heads.box_heads.#.*"),
     ("class_embed.#.*", "heads.class_heads.#.*"),
     ("bbox_embed.#.*", "heads.box_heads.#.*"),
-    ("label_enc.weight", "denoising.label_embed.weight"),
+]
+_SHARED_HEADS: Table = [
+    ("transformer.decoder.bbox_embed.*", "heads.box_heads.0.*"),
+    ("class_embed.*", "heads.class_heads.0.*"),
+    ("bbox_embed.*", "heads.box_heads.0.*"),
+]
+_LEARNED_QUERIES: Table = [
+    ("refpoint_embed.weight", "query_source.anchors"),
+    ("anchor_box_embed.weight", "query_source.anchors"),
+    ("tgt_embed.weight", "query_source.content"),
+    ("patterns_embed.weight", "query_source.patterns"),
+    ("transformer.patterns.weight", "query_source.patterns"),
+]
+_LABELS: Table = [("label_enc.weight", "denoising.label_embed.weight")]
+
+
+# These hold two weights of ours; `split` takes them apart.
+LABELS_AND_CONTENT = "denoising.labels_and_content"
+POSITIONS_AND_CONTENT = "query_source.positions_and_content"
+
+_PLACED_QUERIES: Table = [
+    ("query_embed.weight", POSITIONS_AND_CONTENT),
+    ("query_embedding.weight", POSITIONS_AND_CONTENT),
+    ("transformer.reference_points.*", "query_source.reference.*"),
+    ("transformer.pos_trans.*", "query_source.from_box.*"),
+    ("transformer.pos_trans_norm.*", "query_source.from_box_norm.*"),
 ]
 
-_DETREX_DINO: Table = [
+
+def official_dino(names: Iterable[str]) -> Table:
+    """IDEA-Research/DINO"""
+    return [
+        *_BACKBONE,
+        *_DEFORMABLE_ENCODER,
+        *_PROPOSALS,
+        ("transformer.enc_out_class_embed.*", "query_source.class_head.*"),
+        ("transformer.enc_out_bbox_embed.*", "query_source.box_head.*"),
+        ("transformer.tgt_embed.weight", "query_source.content"),
+        *_DEFORMABLE_DECODER,
+        *_DECODER,
+        *_HEADS,
+        *_LABELS,
+    ]
+
+
+def official_dab(names: Iterable[str]) -> Table:
+    """IDEA-Research/DN-DETR and DAB-DETR, in all their forms"""
+    dense_decoder = any("sa_qcontent_proj" in name for name in names)
+    common = [*_BACKBONE, *_DENSE_ENCODER, *_DEFORMABLE_ENCODER, *_LEARNED_QUERIES]
+    if not dense_decoder:
+        return [*common, *_DEFORMABLE_DECODER, *_DECODER, *_HEADS, *_LABELS]
+    labels = ("label_enc.weight", LABELS_AND_CONTENT)
+    return [*common, *_CONDITIONAL_DECODER, *_DECODER, *_SHARED_HEADS, labels]
+
+
+def official_deformable_detr(names: Iterable[str]) -> Table:
+    """fundamentalvision/Deformable-DETR; two-stage weights count the proposals' heads as a layer"""
+    return [
+        *_BACKBONE,
+        *_DEFORMABLE_ENCODER,
+        *_PROPOSALS,
+        *_PLACED_QUERIES,
+        *_DEFORMABLE_DECODER,
+        *_DECODER,
+        *_heads(set(names)),
+    ]
+
+
+def split(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take weights apart that hold two of ours."""
+    result = dict(weights)
+    if LABELS_AND_CONTENT in result:  # the last row is the content of ordinary queries
+        rows = result.pop(LABELS_AND_CONTENT)
+        result["denoising.label_embed.weight"] = rows[:-1]
+        result["query_source.content"] = rows[-1:]
+    if POSITIONS_AND_CONTENT in result:
+        halves = result.pop(POSITIONS_AND_CONTENT).chunk(2, 1)
+        result["query_source.positions"], result["query_source.content"] = halves
+    return result
+
+
+# detrex names layers by number, the same in all of its models.
+_DETREX_LAYERS: Table = [
     ("backbone.*", "backbone.*"),
+    ("transformer.encoder.layers.#.norms.0.*", "encoder.layers.#.attention_norm.*"),
+    ("transformer.encoder.layers.#.norms.1.*", "encoder.layers.#.ffn.norm.*"),
+    ("transformer.decoder.layers.#.norms.0.*", "decoder.layers.#.self_attention_norm.*"),
+    ("transformer.decoder.layers.#.norms.1.*", "decoder.layers.#.cross_attention_norm.*"),
+    ("transformer.decoder.layers.#.norms.2.*", "decoder.layers.#.ffn.norm.*"),
+    *(
+        (f"transformer.{part}.layers.#.ffns.0.{theirs}.*", f"{part}.layers.#.ffn.{ours}.*")
+        for part in ("encoder", "decoder")
+        for theirs, ours in (
+            ("layers.0.0", "linear1"),
+            ("layers.1", "linear2"),
+            ("layers.0.1", "activation"),
+            ("activation", "activation"),
+        )
+    ),
+]
+_DETREX_DEFORMABLE: Table = [
+    *_DETREX_LAYERS,
     ("neck.convs.#.conv.*", "neck.projections.#.0.*"),
     ("neck.convs.#.norm.*", "neck.projections.#.1.*"),
     ("transformer.level_embeds", "encoder.level_embed"),
     ("transformer.encoder.layers.#.attentions.0.*", "encoder.layers.#.attention.*"),
-    ("transformer.encoder.layers.#.norms.0.*", "encoder.layers.#.attention_norm.*"),
-    ("transformer.encoder.layers.#.ffns.0.layers.0.0.*", "encoder.layers.#.ffn.linear1.*"),
-    ("transformer.encoder.layers.#.ffns.0.layers.1.*", "encoder.layers.#.ffn.linear2.*"),
-    ("transformer.encoder.layers.#.norms.1.*", "encoder.layers.#.ffn.norm.*"),
-    ("transformer.enc_output.*", "query_source.project.*"),
-    ("transformer.enc_output_norm.*", "query_source.norm.*"),
-    ("transformer.tgt_embed.weight", "query_source.content"),
     ("transformer.decoder.layers.#.attentions.0.attn.*", "decoder.layers.#.self_attention.*"),
-    ("transformer.decoder.layers.#.norms.0.*", "decoder.layers.#.self_attention_norm.*"),
     ("transformer.decoder.layers.#.attentions.1.*", "decoder.layers.#.cross_attention.*"),
-    ("transformer.decoder.layers.#.norms.1.*", "decoder.layers.#.cross_attention_norm.*"),
-    ("transformer.decoder.layers.#.ffns.0.layers.0.0.*", "decoder.layers.#.ffn.linear1.*"),
-    ("transformer.decoder.layers.#.ffns.0.layers.1.*", "decoder.layers.#.ffn.linear2.*"),
-    ("transformer.decoder.layers.#.norms.2.*", "decoder.layers.#.ffn.norm.*"),
-    ("transformer.decoder.norm.*", "decoder.norm.*"),
-    ("transformer.decoder.ref_point_head.*", "decoder.position_mlp.*"),
-    ("transformer.decoder.class_embed.#.*", "heads.class_heads.#.*"),
-    ("transformer.decoder.bbox_embed.#.*", "heads.box_heads.#.*"),
-    ("class_embed.#.*", "heads.class_heads.#.*"),
-    ("bbox_embed.#.*", "heads.box_heads.#.*"),
-    ("label_enc.weight", "denoising.label_embed.weight"),
+    *_PROPOSALS,
+    *_PLACEMENT,
 ]
+_DETREX_DENSE: Table = [
+    *_DETREX_LAYERS,
+    ("input_proj.*", "neck.projections.0.0.*"),
+    ("transformer.encoder.query_scale.*", "encoder.scale.*"),
+    ("transformer.encoder.layers.#.attentions.0.attn.*", "encoder.layers.#.attention.*"),
+    *(
+        (
+            f"transformer.decoder.layers.#.attentions.{index}.{theirs}_proj.*",
+            f"decoder.layers.#.{attention}.{ours}.*",
+        )
+        for index, attention in enumerate(("self_attention", "cross_attention"))
+        for theirs, ours in (
+            ("query_content", "query_content"),
+            ("query_pos", "query_position"),
+            ("query_pos_sine", "query_sine"),
+            ("key_content", "key_content"),
+            ("key_pos", "key_position"),
+            ("value", "value"),
+            ("out", "output"),
+        )
+    ),
+    ("transformer.decoder.post_norm_layer.*", "decoder.norm.*"),
+    *_PLACEMENT,
+]
+# A file that detrex converted from the official one lacks the part's name.
+_DETREX_LABELS = ("denoising_generator.label_encoder.weight", "label_encoder.weight")
 
 
 def detrex_dino(names: Iterable[str]) -> Table:
-    """detrex counts the proposals' heads as one more layer, and its extra levels from 0."""
+    """detrex's DINO"""
     names = set(names)
-    proposals = _count("class_embed.#.weight", names) - 1
+    return [
+        *_extra_levels(names),
+        *_DETREX_DEFORMABLE,
+        ("transformer.tgt_embed.weight", "query_source.content"),
+        *_proposal_heads(names),
+        *_HEADS,
+        *_LABELS,
+    ]
+
+
+def detrex_dab(names: Iterable[str]) -> Table:
+    """detrex's DAB-DETR and DN-DETR"""
+    labels = [(name, LABELS_AND_CONTENT) for name in _DETREX_LABELS]
+    return [*_DETREX_DENSE, *_LEARNED_QUERIES, *_SHARED_HEADS, *labels]
+
+
+def detrex_dab_deformable(names: Iterable[str]) -> Table:
+    """detrex's DAB-Deformable-DETR, two-stage or not, and DN-Deformable-DETR"""
+    names = set(names)
+    labels = [(name, "denoising.label_embed.weight") for name in _DETREX_LABELS]
+    levels = _extra_levels(names)
+    return [*levels, *_DETREX_DEFORMABLE, *_LEARNED_QUERIES, *_heads(names), *labels]
+
+
+def detrex_deformable(names: Iterable[str]) -> Table:
+    """detrex's Deformable DETR with box refinement, two-stage or not"""
+    names = set(names)
+    return [*_extra_levels(names), *_DETREX_DEFORMABLE, *_PLACED_QUERIES, *_heads(names)]
+
+
+def detrex_plain_deformable(names: Iterable[str]) -> Table:
+    """detrex's Deformable DETR without box refinement, whose heads are one under several names"""
+    names = set(names)
+    heads: Table = []
+    for i in range(_count("class_embed.#.weight", names)):
+        heads.append((f"class_embed.{i}.*", "heads.class_heads.0.*"))
+        heads.append((f"bbox_embed.{i}.*", "heads.box_heads.0.*"))
+    return [*heads, *detrex_deformable(names)]
+
+
+_SIZE = "transformer.decoder.ref_anchor_head.layers.0.weight"
+_SCALE = "transformer.decoder.query_scale.layers.0.weight"
+_POINTS = "transformer.reference_points.weight"
+
+# detrex's models: their tables, and names that tell each from those below it.
+_DETREX = {
+    "dino": (detrex_dino, ["label_enc.weight"]),
+    "dn_detr": (detrex_dab, [_SIZE, "label_encoder.weight"]),
+    "dab_detr": (detrex_dab, [_SIZE]),
+    "dn_deformable_detr": (detrex_dab_deformable, [_SCALE, "label_encoder.weight"]),
+    "dab_deformable_detr_two_stage": (
+        detrex_dab_deformable,
+        [_SCALE, "transformer.enc_output.weight"],
+    ),
+    "dab_deformable_detr": (detrex_dab_deformable, [_SCALE]),
+    "deformable_detr_two_stage": (detrex_deformable, ["transformer.pos_trans.weight"]),
+    "deformable_detr_refine": (
+        detrex_deformable,
+        [_POINTS, "transformer.decoder.bbox_embed.0.layers.0.weight"],
+    ),
+    "deformable_detr": (detrex_plain_deformable, [_POINTS]),
+}
+
+
+def detrex(names: Iterable[str]) -> Table:
+    """IDEA-Research/detrex, whichever of its models it is"""
+    names = set(names)
+    table, _ = _DETREX[detrex_model(names)]
+    return table(names)
+
+
+def detrex_model(names: Iterable[str]) -> str:
+    """Which of detrex's models has weights of these names.
+
+    Raises:
+        CheckpointError: none that is known here.
+    """
+    names = {name.removeprefix("denoising_generator.") for name in names}
+    for model, (_, signs) in _DETREX.items():
+        if names.issuperset(signs):
+            return model
+    raise CheckpointError(f"these are not detrex's weights of any of {', '.join(_DETREX)}")
+
+
+def _heads(names: set[str]) -> Table:
+    """One pair of heads per layer, and that of the proposals of two-stage models."""
+    two_stage = "transformer.enc_output.weight" in names
+    return [*(_proposal_heads(names) if two_stage else []), *_HEADS]
+
+
+def _proposal_heads(names: set[str]) -> Table:
+    """The proposals' heads, counted as one more layer."""
+    number = _count("class_embed.#.weight", names) - 1
+    return [
+        (f"{prefix}{theirs}.{number}.*", f"query_source.{ours}.*")
+        for prefix in ("transformer.decoder.", "")
+        for theirs, ours in (("class_embed", "class_head"), ("bbox_embed", "box_head"))
+    ]
+
+
+def _extra_levels(names: set[str]) -> Table:
+    """The neck's levels beyond those of the backbone, which detrex counts from 0."""
     levels = _count("neck.convs.#.conv.weight", names)
-    table: Table = []
-    for prefix in ("transformer.decoder.", ""):
-        table.append((f"{prefix}class_embed.{proposals}.*", "query_source.class_head.*"))
-        table.append((f"{prefix}bbox_embed.{proposals}.*", "query_source.box_head.*"))
-    for i in range(_count("neck.extra_convs.#.conv.weight", names)):
-        table.append((f"neck.extra_convs.{i}.conv.*", f"neck.projections.{levels + i}.0.*"))
-        table.append((f"neck.extra_convs.{i}.norm.*", f"neck.projections.{levels + i}.1.*"))
-    return table + _DETREX_DINO
+    return [
+        (f"neck.extra_convs.{i}.{theirs}.*", f"neck.projections.{levels + i}.{ours}.*")
+        for i in range(_count("neck.extra_convs.#.conv.weight", names))
+        for theirs, ours in (("conv", 0), ("norm", 1))
+    ]
 
 
 def rename(name: str, table: Table) -> str | None:

@@ -2,13 +2,24 @@
 
 from .checkpoint import Checkpointer
 from .config import add_dino_d2_config, apply_overrides
-from .meta_arch import DINO, DetrMetaArch
+from .meta_arch import (
+    DABDETR,
+    DINO,
+    DNDETR,
+    DABDeformableDETR,
+    DeformableDETR,
+    DetrMetaArch,
+)
 from .train import evaluate, evaluate_checkpoint, train
 from .trainer import Trainer
 
 __all__ = [
+    "DABDETR",
     "DINO",
+    "DNDETR",
     "Checkpointer",
+    "DABDeformableDETR",
+    "DeformableDETR",
     "DetrMetaArch",
     "Trainer",
     "add_dino_d2_config",

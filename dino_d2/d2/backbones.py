@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from detectron2.modeling import SimpleFeaturePyramid, ViT
+from detectron2.modeling.backbone import BasicStem, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
@@ -60,3 +61,26 @@ def build_vitdet(
         top_block=LastLevelMaxPool(),
         norm="LN",
     )
+
+
+def build_resnet_dc5(depth: int, freeze_at: int = 2) -> ResNet:
+    """A ResNet of 50 or 101 layers whose last stage, "res5", keeps a stride of 16 by dilation.
+
+    As torchvision's `replace_stride_with_dilation`, with which published weights were trained: the
+    stage's first block is not dilated, unlike with Detectron2's RES5_DILATION.
+    """
+    common = {"norm": "FrozenBN", "stride_in_1x1": False}
+    stages = ResNet.make_default_stages(depth, **common)
+    stages[-1] = ResNet.make_stage(
+        BottleneckBlock,
+        3,
+        stride_per_block=[1, 1, 1],
+        dilation_per_block=[1, 2, 2],
+        in_channels=1024,
+        out_channels=2048,
+        bottleneck_channels=512,
+        num_groups=1,
+        **common,
+    )
+    stem = BasicStem(in_channels=3, out_channels=64, norm="FrozenBN")
+    return ResNet(stem, stages, out_features=["res5"], freeze_at=freeze_at)

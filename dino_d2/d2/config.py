@@ -1,11 +1,29 @@
 """Configuration: keys for yacs, and LazyConfig overrides that are checked."""
 
+import copy
 import difflib
 import inspect
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+
+# Arguments of the builders in `dino_d2.models`; "" stands for None.
+_COMMON = {"NUM_CLASSES": 80, "NUM_QUERIES": 300, "NUM_DETECTIONS": 300}
+_DENSE = {**_COMMON, "IN_FEATURES": ["res5"], "NUM_LEVELS": 1, "NUM_PATTERNS": 0}
+_DEFORMABLE = {**_COMMON, "IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS": 4}
+_YACS = {
+    "DINO": {**_DEFORMABLE, "NUM_QUERIES": 900, "DENOISING": "cdn", "DENOISING_QUERIES": 200},
+    "DN_DETR": {**_DENSE, "DEFORMABLE": False, "DENOISING_GROUPS": 5},
+    "DAB_DETR": _DENSE,
+    "DAB_DEFORMABLE_DETR": {**_DEFORMABLE, "NUM_DETECTIONS": 100},
+    "DEFORMABLE_DETR": {
+        **_DEFORMABLE,
+        "NUM_DETECTIONS": 100,
+        "BOX_REFINEMENT": False,
+        "TWO_STAGE": False,
+    },
+}
 
 
 def add_dino_d2_config(cfg: CfgNode) -> None:
@@ -17,14 +35,8 @@ def add_dino_d2_config(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "DINO"
     ```
     """
-    cfg.MODEL.DINO = CfgNode()
-    cfg.MODEL.DINO.NUM_CLASSES = 80
-    cfg.MODEL.DINO.IN_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.DINO.NUM_LEVELS = 4
-    cfg.MODEL.DINO.NUM_QUERIES = 900
-    cfg.MODEL.DINO.NUM_DETECTIONS = 300
-    cfg.MODEL.DINO.DENOISING = "cdn"  # "cdn", "dn" or "" for none
-    cfg.MODEL.DINO.DENOISING_QUERIES = 200
+    for name, settings in _YACS.items():
+        cfg.MODEL[name] = CfgNode(copy.deepcopy(settings))
 
 
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:

@@ -12,8 +12,16 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..box_ops import xyxy_to_cxcywh
+from ..diagnostics.instability import matched_objects
 from ..errors import NonFiniteError, TargetError
-from ..models import DETR, build_dino
+from ..models import (
+    DETR,
+    build_dab_deformable_detr,
+    build_dab_detr,
+    build_deformable_detr,
+    build_dino,
+    build_dn_detr,
+)
 from ..postprocess import postprocess
 from ..preprocess import PIXEL_MEAN, PIXEL_STD, make_padding_mask
 from ..transfer import to_device
@@ -56,6 +64,23 @@ class DetrMetaArch(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.register_load_state_dict_pre_hook(_accept_bare_detector)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        """Arguments from a yacs config, see `add_dino_d2_config`: each key under the model's name
+        is an argument of its builder.
+        """
+        settings = {name.lower(): value for name, value in cfg.MODEL[cls.yacs_name].items()}
+        num_detections = settings.pop("num_detections")
+        settings = {name: None if value == "" else value for name, value in settings.items()}
+        return {
+            "detector": cls.build(backbone=build_backbone(cfg), **settings),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "num_detections": num_detections,
+            "vis_period": cfg.VIS_PERIOD,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +138,15 @@ class DetrMetaArch(nn.Module):
             results.append({"instances": detector_postprocess(found, height, width)})
         return results
 
+    def match(self, batched_inputs: list[dict]) -> np.ndarray:
+        """(B, Q): the object of its image that every query is matched to, or -1."""
+        images = self.preprocess_image(batched_inputs)
+        mask = make_padding_mask(images.image_sizes, images.tensor)
+        targets = [_target(x) for x in batched_inputs]
+        assignment, num_queries = self.detector.match(images.tensor, mask, targets)
+        counts = tuple(len(target.labels) for target in targets)
+        return matched_objects(assignment, counts, num_queries)
+
     @torch.no_grad()
     def visualize_training(self, batched_inputs: list[dict]) -> None:
         """Put ground truth beside the 20 best predictions into the event storage."""
@@ -137,29 +171,37 @@ class DetrMetaArch(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class DINO(DetrMetaArch):
-    """DINO (ICLR 2023). From a yacs config, see `add_dino_d2_config`."""
+    """DINO (ICLR 2023)."""
 
-    @classmethod
-    def from_config(cls, cfg) -> dict:
-        """Arguments of a detector with Detectron2's backbone of this config."""
-        settings = cfg.MODEL.DINO
-        detector = build_dino(
-            backbone=build_backbone(cfg),
-            in_features=settings.IN_FEATURES,
-            num_classes=settings.NUM_CLASSES,
-            num_levels=settings.NUM_LEVELS,
-            num_queries=settings.NUM_QUERIES,
-            denoising=settings.DENOISING or None,
-            denoising_queries=settings.DENOISING_QUERIES,
-        )
-        return {
-            "detector": detector,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "input_format": cfg.INPUT.FORMAT,
-            "num_detections": settings.NUM_DETECTIONS,
-            "vis_period": cfg.VIS_PERIOD,
-        }
+    build, yacs_name = staticmethod(build_dino), "DINO"
+
+
+@META_ARCH_REGISTRY.register()
+class DNDETR(DetrMetaArch):
+    """DN-DETR (CVPR 2022)."""
+
+    build, yacs_name = staticmethod(build_dn_detr), "DN_DETR"
+
+
+@META_ARCH_REGISTRY.register()
+class DABDETR(DetrMetaArch):
+    """DAB-DETR (ICLR 2022)."""
+
+    build, yacs_name = staticmethod(build_dab_detr), "DAB_DETR"
+
+
+@META_ARCH_REGISTRY.register()
+class DABDeformableDETR(DetrMetaArch):
+    """DAB-DETR on deformable attention."""
+
+    build, yacs_name = staticmethod(build_dab_deformable_detr), "DAB_DEFORMABLE_DETR"
+
+
+@META_ARCH_REGISTRY.register()
+class DeformableDETR(DetrMetaArch):
+    """Deformable DETR (ICLR 2021)."""
+
+    build, yacs_name = staticmethod(build_deformable_detr), "DEFORMABLE_DETR"
 
 
 def _accept_bare_detector(module, state_dict, prefix, *_) -> None:

@@ -17,6 +17,7 @@ from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
 from .checkpoint import Checkpointer
 from .data import check_num_classes
+from .hooks import InstabilityHook
 from .trainer import PRECISIONS, Trainer
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -75,6 +76,7 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
             hooks.EvalHook(cfg.train.eval_period, run_evaluation),
+            _instability_hook(cfg, parallel),
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ]
     )
@@ -121,6 +123,13 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     model = build_model(cfg)
     Checkpointer(model).load(cfg.train.init_checkpoint)
     return evaluate(cfg, model)
+
+
+def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | None:
+    period = cfg.train.instability_period
+    if not period:
+        return None
+    return InstabilityHook(period, model, instantiate(cfg.dataloader.matching))
 
 
 def _precision(cfg: DictConfig) -> str:

@@ -11,7 +11,7 @@ _METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75")
 
 
 def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
-    """Draw a picture from a `metrics.json` as Detectron2 writes it: one JSON object per line.
+    """Draw a picture from a `metrics.json`, see `read_metrics`.
 
     Left the total loss and the parts of the last layer, right AP, AP50 and AP75.
     """

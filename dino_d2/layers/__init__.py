@@ -1,6 +1,6 @@
 """Building blocks that every transformer here shares."""
 
-from .attention import DeformableAttention
+from .attention import DeformableAttention, attend
 from .init import init_transformer, repeat
 from .mlp import MLP, FeedForward
 from .position_encoding import SinePositionEncoding, encode_boxes
@@ -10,6 +10,7 @@ __all__ = [
     "DeformableAttention",
     "FeedForward",
     "SinePositionEncoding",
+    "attend",
     "encode_boxes",
     "init_transformer",
     "repeat",

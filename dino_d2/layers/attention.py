@@ -1,12 +1,34 @@
-"""Multi-scale deformable attention as a layer."""
+"""Multi-scale deformable attention as a layer, and dense attention without projections."""
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..ops import ms_deform_attn
 from ..types import Memory
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocked: Tensor | None
+) -> Tensor:
+    """Dense multi-head attention of what is projected already.
+
+    Args:
+        query, key: (B, Q, D') and (B, S, D').
+        value: (B, S, D).
+        blocked: broadcasts to (B, Q, S); True where attention is blocked.
+
+    Returns:
+        (B, Q, D); 0 for a query that may attend to nothing.
+    """
+    query, key, value = (
+        t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)
+    )
+    allowed = None if blocked is None else ~blocked.unsqueeze(-3)
+    attended = functional.scaled_dot_product_attention(query, key, value, allowed)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class DeformableAttention(nn.Module):

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
+ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them: (..., in_dim) -> (..., out_dim)."""
@@ -20,14 +22,18 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's position-wise network with its residual and LayerNorm: (..., D)."""
+    """The transformer's position-wise network with its residual and LayerNorm: (..., D).
 
-    def __init__(self, embed_dim: int, ffn_dim: int):
+    "prelu" learns a slope, one for each network.
+    """
+
+    def __init__(self, embed_dim: int, ffn_dim: int, activation: str = "relu"):
         super().__init__()
+        self.activation = ACTIVATIONS[activation]()
         self.linear1 = nn.Linear(embed_dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)"""
-        return self.norm(x + self.linear2(functional.relu(self.linear1(x))))
+        return self.norm(x + self.linear2(self.activation(self.linear1(x))))

@@ -38,15 +38,18 @@ class SinePositionEncoding(nn.Module):
         return torch.cat(encoded, -1).permute(0, 3, 1, 2)
 
 
-def encode_boxes(boxes: Tensor, dim: int, temperature: float = 10000) -> Tensor:
+def encode_boxes(
+    boxes: Tensor, dim: int, temperature: float = 10000, order: tuple[int, ...] = (1, 0, 2, 3)
+) -> Tensor:
     """Positional queries of boxes (DAB-DETR, sec. 4.1).
 
     Args:
         boxes: (..., 4) cxcywh in [0, 1].
         dim: channels per coordinate.
+        order: of the coordinates in the result.
 
     Returns:
-        (..., 4 * dim) in the order y, x, w, h, as published.
+        (..., 4 * dim), by default y, x, w, h, as published.
     """
     encoded = _sine(boxes * 2 * math.pi, dim, temperature)  # (..., 4, dim)
-    return torch.cat([encoded[..., i, :] for i in (1, 0, 2, 3)], -1)
+    return torch.cat([encoded[..., i, :] for i in order], -1)

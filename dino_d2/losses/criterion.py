@@ -20,9 +20,11 @@ class Group(NamedTuple):
 
     name: str  # appears in the names of the losses: "", "enc", "dn", ...
     predictions: Predictions
+    targets: Targets
     assignment: Assignment
     normalizer: Tensor | float  # the number of objects that the sums are divided by
     weight: float = 1.0
+    ignored: Tensor | None = None  # (B, Q) True: no loss, not even as background
 
 
 class Criterion:
@@ -39,11 +41,12 @@ class Criterion:
         giou_weight: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        giou_eps: float = 1e-6,
     ):
         self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha, self.gamma, self.giou_eps = alpha, gamma, giou_eps
 
-    def __call__(self, groups: list[Group], targets: Targets) -> dict[str, Tensor]:
+    def __call__(self, groups: list[Group]) -> dict[str, Tensor]:
         """Weighted scalar losses by name: loss_{class,bbox,giou}[_group][_layer].
 
         The last layer of a group has no number, as in the logs of Detectron2 and detrex.
@@ -51,15 +54,16 @@ class Criterion:
         losses = {}
         for group in groups:
             suffix = f"_{group.name}" if group.name else ""
-            for kind, of_layers in self.of_layers(group, targets).items():
+            for kind, of_layers in self.of_layers(group).items():
                 *earlier, last = (of_layers * group.weight).unbind()
                 losses[f"loss_{kind}{suffix}"] = last
                 for layer, loss in enumerate(earlier):
                     losses[f"loss_{kind}{suffix}_{layer}"] = loss
         return losses
 
-    def of_layers(self, group: Group, targets: Targets) -> dict[str, Tensor]:
+    def of_layers(self, group: Group) -> dict[str, Tensor]:
         """{class, bbox, giou}: (N,) each, with its own weight but not the group's."""
+        targets = group.targets
         logits, boxes = (t.to(targets.boxes.dtype) for t in group.predictions)
         layer = torch.arange(len(logits), device=logits.device)[:, None]
         image = group.assignment.image[None]  # (1, M), broadcasts against (N, M) or (1, M)
@@ -67,10 +71,12 @@ class Criterion:
         scores = torch.zeros_like(logits)
         scores[layer, image, query, targets.labels[target]] = 1
         focal = sigmoid_focal_loss(logits, scores, self.alpha, self.gamma)
+        if group.ignored is not None:
+            focal = focal.masked_fill(group.ignored[:, :, None], 0)
         predicted = boxes[layer, image, query]  # (N, M, 4)
         wanted = targets.boxes[target].expand_as(predicted)
         distance = functional.l1_loss(predicted, wanted, reduction="none")
-        overlap = generalized_iou(predicted, wanted)
+        overlap = generalized_iou(predicted, wanted, self.giou_eps)
         return {
             "class": self.class_weight * focal.flatten(1).sum(1) / group.normalizer,
             "bbox": self.box_weight * distance.flatten(1).sum(1) / group.normalizer,

@@ -29,32 +29,33 @@ class HungarianMatcher:
         giou_cost: float = 2.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        giou_eps: float = 1e-6,
     ):
         self.class_cost, self.box_cost, self.giou_cost = class_cost, box_cost, giou_cost
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha, self.gamma, self.giou_eps = alpha, gamma, giou_eps
 
     @torch.no_grad()
     def __call__(
         self,
-        matched: Mapping[str, Predictions],
-        targets: Targets,
+        matched: Mapping[str, tuple[Predictions, Targets]],
         checked: Mapping[str, Predictions] | None = None,
     ) -> dict[str, Assignment]:
-        """Match every group of predictions with the targets.
+        """Match every group of predictions with its targets.
 
         Args:
-            matched: predictions by group name.
-            targets: the objects; where an image has more than queries, some stay unmatched.
+            matched: predictions and objects by group name; where an image has more objects than
+                queries, some stay unmatched.
             checked: further predictions that are only to be finite.
 
         Raises:
             NonFiniteError: logits or boxes of any given group are not finite.
         """
-        everything = {**matched, **(checked or {})}
+        everything = {name: predictions for name, (predictions, _) in matched.items()}
+        everything.update(checked or {})
         flags = [_finite(predictions) for predictions in everything.values()]
         costs = [
             self.cost(predictions, targets, image)
-            for predictions in matched.values()
+            for predictions, targets in matched.values()
             for image in range(len(targets.counts))
         ]
         on_host = _copy_to_host([*flags, *costs])
@@ -62,7 +63,7 @@ class HungarianMatcher:
             _raise_if_not_finite(name, flag)
         on_host = iter(on_host[len(flags) :])
         assignments = {}
-        for name in matched:
+        for name, (_, targets) in matched.items():
             of_images = [next(on_host) for _ in targets.counts]
             assignments[name] = _solve(of_images, targets.counts, targets.labels.device)
         return assignments
@@ -77,7 +78,7 @@ class HungarianMatcher:
         negative = -(1 - self.alpha) * probability**self.gamma * (1 - probability + 1e-8).log()
         predicted = predictions.boxes[:, image].to(boxes.dtype)
         distance = torch.cdist(predicted, boxes.expand(len(predicted), -1, -1), p=1)
-        overlap = generalized_iou(predicted[:, :, None], boxes)
+        overlap = generalized_iou(predicted[:, :, None], boxes, self.giou_eps)
         class_part = self.class_cost * (positive - negative)
         return class_part + self.box_cost * distance - self.giou_cost * overlap
 

@@ -1,6 +1,16 @@
 """Detectors, assembled from the parts."""
 
+from .dab_detr import build_dab_deformable_detr, build_dab_detr
+from .deformable_detr import build_deformable_detr
 from .detr import DETR
 from .dino import build_dino
+from .dn_detr import build_dn_detr
 
-__all__ = ["DETR", "build_dino"]
+__all__ = [
+    "DETR",
+    "build_dab_deformable_detr",
+    "build_dab_detr",
+    "build_deformable_detr",
+    "build_dino",
+    "build_dn_detr",
+]

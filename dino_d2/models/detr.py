@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 
 from ..losses import Criterion, Group, HungarianMatcher, pack_targets
 from ..transformer.denoising import NoisedQueries
-from ..types import Predictions, Queries, Target, Targets
+from ..types import Assignment, Predictions, Queries, Target, Targets
 
 
 class DETR(nn.Module):
@@ -70,9 +70,22 @@ class DETR(nn.Module):
         if self.training and self.denoising is not None:
             noised = self.denoising(packed)
             attn_mask = noised.attn_mask(queries.anchors.shape[1])
-            queries = Queries(*map(_prepend, noised.queries, queries))
+            queries = Queries(*map(_prepend, noised.queries[:2], queries[:2]))
         predictions = self.decoder(queries, memory, self.heads, attn_mask)
         return self._losses(predictions, proposals, noised, packed)
+
+    @torch.no_grad()
+    def match(
+        self, images: Tensor, padding_mask: Tensor, targets: Sequence[Target]
+    ) -> tuple[Assignment, int]:
+        """How the decoder's predictions match the objects, and the number of queries.
+
+        Arguments are those of `forward`.
+        """
+        packed = pack_targets(targets, self.num_classes, images)
+        predictions = self(images, padding_mask)
+        assignment = self.matcher({"decoder": (predictions, packed)})["decoder"]
+        return assignment, predictions.boxes.shape[2]
 
     def _losses(
         self,
@@ -85,19 +98,23 @@ class DETR(nn.Module):
         with torch.autocast(targets.boxes.device.type, enabled=False):
             num_noised = 0 if noised is None else noised.queries.anchors.shape[1]
             denoised = predictions.queries(0, num_noised)
-            matched = {"decoder": predictions.queries(num_noised)}
+            matched = {"decoder": (predictions.queries(num_noised), targets)}
             if proposals is not None:
-                matched["encoder proposals"] = proposals
-            assignments = self.matcher(matched, targets, {"denoising": denoised})
+                known = targets
+                if self.query_source.class_agnostic:
+                    known = targets._replace(labels=torch.zeros_like(targets.labels))
+                matched["encoder proposals"] = (proposals, known)
+            assignments = self.matcher(matched, {"denoising": denoised})
             num_objects = average_count(targets)
             groups = [
-                Group("" if name == "decoder" else "enc", p, assignments[name], num_objects)
-                for name, p in matched.items()
+                Group("" if name == "decoder" else "enc", *group, assignments[name], num_objects)
+                for name, group in matched.items()
             ]
             if noised is not None:
                 normalizer = num_objects * noised.num_groups
-                groups.append(Group("dn", denoised, noised.assignment, normalizer))
-            return self.criterion(groups, targets)
+                dn = Group("dn", denoised, targets, noised.assignment, normalizer)
+                groups.append(dn._replace(ignored=noised.ignored))
+            return self.criterion(groups)
 
 
 def feature_channels(backbone: nn.Module, in_features: Sequence[str]) -> list[int]:

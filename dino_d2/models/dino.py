@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..heads import Heads
-from ..layers import SinePositionEncoding
+from ..layers import SinePositionEncoding, repeat
 from ..losses import Criterion, HungarianMatcher
 from ..transformer import (
+    BoxPositions,
     ContrastiveDenoising,
     Decoder,
+    DeformableDecoderLayer,
     DeformableEncoder,
     Denoising,
     LearnedQueries,
@@ -90,7 +92,12 @@ def build_dino(
         query_source=_make_query_source(
             query_selection, num_queries, embed_dim, heads, padding_invariant
         ),
-        decoder=Decoder(decoder_layers, *attention, look_forward_twice, not padding_invariant),
+        decoder=Decoder(
+            repeat(DeformableDecoderLayer(*attention), decoder_layers),
+            BoxPositions(embed_dim, padded=not padding_invariant),
+            nn.LayerNorm(embed_dim),
+            look_forward_twice,
+        ),
         heads=heads,
         denoising=_make_denoising(
             denoising,

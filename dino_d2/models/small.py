@@ -1,19 +1,21 @@
-"""Settings of a DINO that trains on a CPU in minutes: the demo's and the tests'."""
+"""Settings of detectors that train on a CPU in minutes: the demo's and the tests'."""
 
 # of `TimmBackbone`
 SMALL_BACKBONE = {"name": "resnet10t", "strides": (8, 16)}
 
-# of `build_dino`
-SMALL_DINO = {
-    "in_features": ("stride8", "stride16"),
-    "num_levels": 3,
+# of the builders of dense and of deformable detectors
+SMALL_DENSE = {
+    "in_features": ("stride16",),
     "num_queries": 40,
     "embed_dim": 96,
     "ffn_dim": 384,
     "encoder_layers": 2,
     "decoder_layers": 2,
-    "denoising_queries": 80,
 }
+SMALL_DEFORMABLE = {**SMALL_DENSE, "in_features": ("stride8", "stride16"), "num_levels": 3}
+
+# of `build_dino`
+SMALL_DINO = {**SMALL_DEFORMABLE, "denoising_queries": 80}
 
 # of `Criterion`: from scratch and with few classes, the classes learn late at weight 1
 SMALL_CRITERION = {"class_weight": 8.0}

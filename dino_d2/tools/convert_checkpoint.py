@@ -1,4 +1,4 @@
-"""Turn a published DINO checkpoint into one for this package, every weight accounted for.
+"""Turn a published checkpoint into one for this package, every weight accounted for.
 
     python -m dino_d2.tools.convert_checkpoint --from dino checkpoint0011_4scale.pth dino.pth \\
         --config dino/dino_r50_4scale_12ep
@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import model_zoo
 from ..checkpoint import SOURCES, CheckpointError, convert, read_weights, write_weights
 from ..checkpoint.convert import DETREX_SETTINGS
+from ..checkpoint.names import detrex_model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     checked = "checked against the config" if args.config else "not checked against a config"
     print(f"{args.output}: {len(converted)} weights for {num_classes} classes, {checked}")
     if args.source == "detrex":
-        settings = ", ".join(f"{name}={value}" for name, value in DETREX_SETTINGS.items())
-        print(f"These weights need a model with {settings}, as dino_r50_4scale_12ep_detrex.")
+        model = detrex_model(weights)
+        changes = [f"model.{name}={value}" for name, value in DETREX_SETTINGS[model].items()]
+        print(f"This is detrex's {model}: use our config with {' '.join(changes) or 'no changes'}.")
     if num_classes == 91:
         print("They score COCO's category ids; Detectron2's data sets number 80 classes from 0.")
     elif num_classes != 80:

@@ -1,20 +1,13 @@
-"""The decoder: queries refine their boxes layer by layer (DINO, sec. 3)."""
+"""The decoder: queries refine their boxes layer by layer (Deformable DETR, A.4; DINO, sec. 3)."""
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import (
-    MLP,
-    DeformableAttention,
-    FeedForward,
-    encode_boxes,
-    init_transformer,
-    repeat,
-)
+from ..layers import MLP, DeformableAttention, FeedForward, encode_boxes, init_transformer
 from ..types import Memory, Predictions, Queries
 
 
-class DecoderLayer(nn.Module):
+class DeformableDecoderLayer(nn.Module):
     """Self-attention among queries, deformable attention to the memory, feed-forward; post-norm."""
 
     def __init__(self, embed_dim, num_heads, num_levels, num_points, ffn_dim):
@@ -29,17 +22,19 @@ class DecoderLayer(nn.Module):
         self,
         content: Tensor,
         positions: Tensor,
-        reference: Tensor,
+        on_levels: Tensor,
         memory: Memory,
         attn_mask: Tensor | None,
     ) -> Tensor:
-        """Content and positions (B, Q, D), reference (B, Q, L, 4), attn_mask (Q, Q)."""
+        """Content and positions (B, Q, D), on_levels (B, Q, L, 2 or 4), attn_mask ([B,] Q, Q)."""
         placed = content + positions
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.repeat_interleave(self.self_attention.num_heads, 0)
         attended, _ = self.self_attention(
             placed, placed, content, attn_mask=attn_mask, need_weights=False
         )
         content = self.self_attention_norm(content + attended)
-        attended = self.cross_attention(content + positions, reference, memory)
+        attended = self.cross_attention(content + positions, on_levels, memory)
         content = self.cross_attention_norm(content + attended)
         return self.ffn(content)
 
@@ -47,35 +42,34 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """N layers, each of which scores its queries and moves their boxes.
 
-    The box that a layer reports comes from its normalised output; the box that it hands to the next
-    layer as reference comes from the output itself. Published weights rely on that difference.
+    With a `norm` (DAB-DETR, DINO), the box that a layer reports comes from its normalised output,
+    the box that it hands to the next layer as reference from the output itself. Published weights
+    rely on that difference.
 
-    With `look_forward_twice` (DINO, sec. 3.5) the loss of a layer's box also trains the refinement
-    of the layer before; without, gradients stop at the reference.
-
-    With `padded_positions` (published) the positional queries encode boxes relative to the padded
-    maps, so that the predictions of an image depend on what it is batched with. Without, they are
-    relative to the image, and nothing does. Both are the same for images without padding.
+    Args:
+        layers: modules such as `DeformableDecoderLayer`.
+        placement: says where the queries are, in two tensors that the layers understand; see
+            `BoxPositions`.
+        norm: of the outputs that are scored, or None.
+        look_forward_twice: the loss of a layer's box also trains the refinement of the layer before
+            (DINO, sec. 3.5); otherwise gradients stop at the reference.
+        refine: whether layers hand on their boxes; otherwise all start from the queries' anchors.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        embed_dim: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        ffn_dim: int,
-        look_forward_twice: bool = True,
-        padded_positions: bool = True,
+        layers: nn.ModuleList,
+        placement: nn.Module,
+        norm: nn.Module | None,
+        look_forward_twice: bool,
+        refine: bool = True,
     ):
         super().__init__()
+        self.layers = layers
+        self.placement = placement
+        self.norm = norm
         self.look_forward_twice = look_forward_twice
-        self.padded_positions = padded_positions
-        layer = DecoderLayer(embed_dim, num_heads, num_levels, num_points, ffn_dim)
-        self.layers = repeat(layer, num_layers)
-        self.norm = nn.LayerNorm(embed_dim)
-        self.position_mlp = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
+        self.refine = refine
         init_transformer(self)
 
     def forward(
@@ -85,21 +79,64 @@ class Decoder(nn.Module):
         heads: nn.Module,
         attn_mask: Tensor | None = None,
     ) -> Predictions:
-        """Predictions of every layer; `heads` scores and refines, attn_mask is (Q, Q)."""
-        content, reference = queries
+        """Predictions of every layer; `heads` scores and refines, attn_mask is ([B,] Q, Q)."""
+        content, reference = queries.content, queries.anchors
         attached = reference  # the same boxes, with the gradient to the layer before
-        ratios = memory.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, L, 4)
         logits, boxes = [], []
         for index, layer in enumerate(self.layers):
-            on_levels = reference[:, :, None] * ratios  # (B, Q, L, 4)
-            placed = on_levels[:, :, 0] if self.padded_positions else reference
-            encoded = encode_boxes(placed, content.shape[-1] // 2)
-            positions = self.position_mlp(encoded.to(content.dtype))
-            content = layer(content, positions, on_levels, memory, attn_mask)
-            output = self.norm(content)
+            places = self.placement(index, content, queries._replace(anchors=reference), memory)
+            content = layer(content, *places, memory, attn_mask)
+            output = content if self.norm is None else self.norm(content)
             logits.append(heads.classify(index, output))
             source = attached if self.look_forward_twice else reference
             boxes.append(heads.refine(index, output, source))
-            attached = heads.refine(index, content, reference)
-            reference = attached.detach()
+            if self.refine:
+                attached = heads.refine(index, content, reference)
+                reference = attached.detach()
         return Predictions(torch.stack(logits), torch.stack(boxes))
+
+
+class BoxPositions(nn.Module):
+    """Positional queries that encode the anchors, for deformable layers (DAB-DETR, sec. 4.1).
+
+    Args:
+        scaled: whether the content of the queries weighs the positions, from the second layer on
+            (DAB-DETR, sec. 4.2).
+        padded: encode boxes relative to the padded map (published), so that the predictions of an
+            image depend on what it is batched with. Otherwise they are relative to the image, and
+            nothing does. Both are the same for images without padding.
+    """
+
+    def __init__(self, embed_dim: int, scaled: bool = False, padded: bool = True):
+        super().__init__()
+        self.mlp = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
+        self.scale = MLP(embed_dim, embed_dim, embed_dim, 2) if scaled else None
+        self.padded = padded
+
+    def forward(
+        self, index: int, content: Tensor, queries: Queries, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """Positions (B, Q, D) for layer `index`, and the anchors on every level (B, Q, L, 4)."""
+        on_levels = put_on_levels(queries.anchors, memory)
+        boxes = on_levels[:, :, 0] if self.padded else queries.anchors
+        encoded = encode_boxes(boxes, content.shape[-1] // 2).to(content.dtype)
+        positions = self.mlp(encoded)
+        if self.scale is not None and index:
+            positions = positions * self.scale(content)
+        return positions, on_levels
+
+
+class GivenPositions(nn.Module):
+    """Positions that come with the queries and stay the same (Deformable DETR)."""
+
+    def forward(
+        self, index: int, content: Tensor, queries: Queries, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """Positions (B, Q, D), and the anchors on every level (B, Q, L, 2 or 4)."""
+        return queries.positions, put_on_levels(queries.anchors, memory)
+
+
+def put_on_levels(anchors: Tensor, memory: Memory) -> Tensor:
+    """(B, Q, 2 or 4) relative to the image -> (B, Q, L, 2 or 4) relative to each padded map."""
+    ratios = memory.valid_ratios.repeat(1, 1, anchors.shape[-1] // 2)
+    return anchors[:, :, None] * ratios[:, None]

@@ -4,10 +4,12 @@ The decoder sees them in front of the ordinary queries and learns to restore the
 matching needed. Groups repeat all objects of an image with fresh noise.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..box_ops import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from ..transfer import to_device
@@ -29,9 +31,12 @@ class NoisedQueries(NamedTuple):
     queries: Queries  # content (B, Q', D), anchors (B, Q', 4)
     assignment: Assignment  # N = 1: the positive queries and their objects
     num_groups: int
+    hidden: Tensor | None = None  # (B, Q') queries that nobody sees
+    ignored: Tensor | None = None  # (B, Q') queries without a loss
 
     def attn_mask(self, num_queries: int) -> Tensor:
-        """(Q' + Q, Q' + Q) for this and `num_queries` ordinary queries behind.
+        """(Q' + Q, Q' + Q) for this and `num_queries` ordinary queries behind, or (B, ...) where
+        images differ.
 
         Nobody sees the denoising queries of another group; ordinary queries see none at all.
         """
@@ -39,7 +44,10 @@ class NoisedQueries(NamedTuple):
         position = torch.arange(total + num_queries, device=self.queries.anchors.device)
         group = position // max(total // self.num_groups, 1)
         group = group.where(position < total, -1)
-        return (group[None] != group[:, None]) & (group[None] >= 0)
+        mask = (group[None] != group[:, None]) & (group[None] >= 0)
+        if self.hidden is None:
+            return mask
+        return mask | functional.pad(self.hidden, (0, num_queries))[:, None]
 
 
 class Denoising(nn.Module):
@@ -51,12 +59,18 @@ class Denoising(nn.Module):
             get few groups, but always one.
         num_groups: or that many groups, however many objects there are. Give one of the two.
         label_noise: probability in [0, 1] that a label is replaced by a random class.
-        box_noise: lambda, the noise of the box relative to its size.
+        box_noise: lambda, the noise of the box relative to its size; for DN also a pair, of the
+            centre and of the size (lambda1 and lambda2).
+        indicator: the last channel of the content is 1, to tell the queries from ordinary ones.
+        hide_empty: images with fewer objects than others have empty slots, which the queries of
+            their group attend to, as published, so that an image's loss depends on its batch. True
+            hides them.
         max_queries: never more queries than this. Where even one group would be larger, a random
             part of the objects is noised.
     """
 
     repeats_per_group = 1
+    empty_is_background = False  # empty slots have no loss
 
     def __init__(
         self,
@@ -65,8 +79,10 @@ class Denoising(nn.Module):
         num_queries: int | None = None,
         num_groups: int | None = None,
         label_noise: float = 0.2,
-        box_noise: float = 0.4,
+        box_noise: float | Sequence[float] = 0.4,
         max_queries: int = 1000,
+        indicator: bool = False,
+        hide_empty: bool = False,
     ):
         super().__init__()
         if (num_queries is None) == (num_groups is None):
@@ -76,7 +92,8 @@ class Denoising(nn.Module):
         self.num_classes = num_classes
         self.num_queries, self.num_groups, self.max_queries = num_queries, num_groups, max_queries
         self.label_noise, self.box_noise = label_noise, box_noise
-        self.label_embed = nn.Embedding(num_classes, embed_dim)
+        self.indicator, self.hide_empty = indicator, hide_empty
+        self.label_embed = nn.Embedding(num_classes, embed_dim - int(indicator))
 
     def forward(self, targets: Targets) -> NoisedQueries:
         """Queries for a batch; none, but still connected to the parameters, without objects."""
@@ -125,18 +142,28 @@ class Denoising(nn.Module):
     ) -> NoisedQueries:
         """Queries in the order group, repeat, slot. slots, valid: (B, T).
 
-        An empty slot is a query of content 0 and anchor (.5, .5, .5, .5). It is not masked: it
-        takes part in its group's attention and counts as background, as published.
+        An empty slot is a query of content 0 and anchor (.5, .5, .5, .5).
         """
         labels = targets.labels[slots][:, None]  # (B, 1, T)
         boxes = targets.boxes[slots][:, None]  # (B, 1, T, 4)
         filled = valid[:, None, :, None]
-        content = self.label_embed(noise.labels.where(noise.replace, labels)) * filled
+        content = self.label_embed(noise.labels.where(noise.replace, labels))
+        if self.indicator:
+            content = functional.pad(content, (0, 1), value=1.0)
+        content = content * filled
         anchors = inverse_sigmoid(self.noise_boxes(boxes, noise)).sigmoid()
         anchors = anchors.where(filled, 0.5)
         queries = Queries(content.flatten(1, 2), anchors.flatten(1, 2))
-        num_groups = noise.replace.shape[1] // self.repeats_per_group
-        return NoisedQueries(queries, self._assign(targets, slots, num_groups), num_groups)
+        repeats = noise.replace.shape[1]
+        num_groups = repeats // self.repeats_per_group
+        empty = (~valid).repeat(1, repeats)  # (B, Q')
+        return NoisedQueries(
+            queries,
+            self._assign(targets, slots, num_groups),
+            num_groups,
+            hidden=empty if self.hide_empty else None,
+            ignored=None if self.empty_is_background else empty,
+        )
 
     def _assign(self, targets: Targets, slots: Tensor, num_groups: int) -> Assignment:
         """The first repeat of every group is positive; its slot t stands for the image's object t.
@@ -159,7 +186,10 @@ class Denoising(nn.Module):
 
         boxes: (B, 1, T, 4) cxcywh; returns (B, R, T, 4) within [0, 1].
         """
-        reach = torch.cat([boxes[..., 2:] / 2, boxes[..., 2:]], -1) * self.box_noise
+        both = isinstance(self.box_noise, Sequence)
+        centre_noise, size_noise = self.box_noise if both else [self.box_noise] * 2
+        sizes = boxes[..., 2:]
+        reach = torch.cat([centre_noise * sizes / 2, size_noise * sizes], -1)
         return (boxes + noise.direction * noise.amount * reach).clamp(0, 1)
 
 
@@ -172,6 +202,7 @@ class ContrastiveDenoising(Denoising):
     """
 
     repeats_per_group = 2
+    empty_is_background = True
 
     def noise_boxes(self, boxes: Tensor, noise: Noise) -> Tensor:
         """Move each corner coordinate by up to half the side, or half to a whole for negatives.

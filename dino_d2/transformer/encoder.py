@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..layers import DeformableAttention, FeedForward, init_transformer, repeat
+from ..layers import MLP, DeformableAttention, FeedForward, init_transformer, repeat
 from ..transfer import to_device
 from ..types import FeaturePyramid, Memory
 
@@ -17,9 +17,9 @@ class DeformableEncoderLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, ffn_dim)
 
-    def forward(self, memory: Memory, positions: Tensor, reference_points: Tensor) -> Memory:
-        """Positions (B, S, D), reference_points (B, S, L, 2)."""
-        attended = self.attention(memory.tokens + positions, reference_points, memory)
+    def forward(self, memory: Memory, reference_points: Tensor) -> Memory:
+        """reference_points: (B, S, L, 2)."""
+        attended = self.attention(memory.tokens + memory.positions, reference_points, memory)
         tokens = self.ffn(self.attention_norm(memory.tokens + attended))
         return memory._replace(tokens=tokens)
 
@@ -37,30 +37,77 @@ class DeformableEncoder(nn.Module):
 
     def forward(self, pyramid: FeaturePyramid) -> Memory:
         """Encode all levels together."""
-        memory = flatten_pyramid(pyramid)
-        positions = torch.cat(
-            [
-                position.flatten(2).transpose(1, 2).to(embedding.dtype) + embedding
-                for position, embedding in zip(pyramid.positions, self.level_embed, strict=True)
-            ],
-            1,
-        )  # (B, S, D)
+        positions = [
+            position.to(embedding.dtype) + embedding[:, None, None]
+            for position, embedding in zip(pyramid.positions, self.level_embed, strict=True)
+        ]
+        memory = flatten_pyramid(pyramid._replace(positions=positions))
         # A point relative to the image becomes one relative to each level's padded map.
         reference_points = token_centres(memory)[:, :, None] * memory.valid_ratios[:, None]
         for layer in self.layers:
-            memory = layer(memory, positions, reference_points)
+            memory = layer(memory, reference_points)
+        return memory
+
+
+class DenseEncoderLayer(nn.Module):
+    """Self-attention of every token to every other, then a feed-forward network; post-norm."""
+
+    def __init__(self, embed_dim: int, num_heads: int, ffn_dim: int, activation: str):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, ffn_dim, activation)
+
+    def forward(self, memory: Memory, positions: Tensor) -> Memory:
+        """positions: (B, S, D)."""
+        placed = memory.tokens + positions
+        attended, _ = self.attention(
+            placed,
+            placed,
+            memory.tokens,
+            key_padding_mask=memory.padding_mask,
+            need_weights=False,
+        )
+        return memory._replace(tokens=self.ffn(self.attention_norm(memory.tokens + attended)))
+
+
+class DenseEncoder(nn.Module):
+    """DETR's encoder; every layer weighs the positions by what its tokens hold (DAB-DETR, official
+    code).
+    """
+
+    def __init__(
+        self, num_layers: int, embed_dim: int, num_heads: int, ffn_dim: int, activation: str
+    ):
+        super().__init__()
+        self.layers = repeat(
+            DenseEncoderLayer(embed_dim, num_heads, ffn_dim, activation), num_layers
+        )
+        self.scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        init_transformer(self)
+
+    def forward(self, pyramid: FeaturePyramid) -> Memory:
+        """Encode all levels together."""
+        memory = flatten_pyramid(pyramid)
+        for layer in self.layers:
+            memory = layer(memory, memory.positions * self.scale(memory.tokens))
         return memory
 
 
 def flatten_pyramid(pyramid: FeaturePyramid) -> Memory:
     """All levels as one sequence of tokens, level by level in row-major order."""
-    tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in pyramid.maps], 1)
+    tokens, positions = (
+        torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        for maps in (pyramid.maps, pyramid.positions)
+    )
     padding_mask = torch.cat([mask.flatten(1) for mask in pyramid.padding_masks], 1)
     shapes = tuple((m.shape[-2], m.shape[-1]) for m in pyramid.maps)
     width_height = [(width, height) for height, width in shapes]
-    sizes = to_device(width_height, pyramid.positions[0].dtype, tokens.device)
+    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    sizes = to_device(width_height, dtype, tokens.device)
     valid_sizes = torch.stack([valid_size(mask) for mask in pyramid.padding_masks], 1)
-    return Memory(tokens, padding_mask, shapes, sizes, valid_sizes / sizes)
+    positions = positions.to(tokens.dtype)
+    return Memory(tokens, positions, padding_mask, shapes, sizes, valid_sizes / sizes)
 
 
 def valid_size(padding_mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Neck(nn.Module):
 
     Each feature goes through a 1x1 convolution and GroupNorm. Every level beyond them halves the
     resolution with a 3x3 convolution: the first of the last feature itself, further ones of the
-    level before.
+    level before. With `norm=False` (DAB-DETR) there is no GroupNorm.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class Neck(nn.Module):
         embed_dim: int,
         num_levels: int,
         position_encoding: nn.Module,
+        norm: bool = True,
     ):
         super().__init__()
         if num_levels < len(in_features):
@@ -32,16 +33,18 @@ class Neck(nn.Module):
         extra = num_levels - len(in_features)
         extra_channels = [in_channels[-1], *[embed_dim] * extra][:extra]
         self.projections = nn.ModuleList(
-            [self._project(channels, embed_dim, 1, 1) for channels in in_channels]
-            + [self._project(channels, embed_dim, 3, 2) for channels in extra_channels]
+            [self._project(channels, embed_dim, 1, 1, norm) for channels in in_channels]
+            + [self._project(channels, embed_dim, 3, 2, norm) for channels in extra_channels]
         )
 
     @staticmethod
-    def _project(in_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Sequential:
+    def _project(
+        in_channels: int, out_channels: int, kernel: int, stride: int, norm: bool
+    ) -> nn.Sequential:
         convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
         nn.init.xavier_uniform_(convolution.weight)
         nn.init.zeros_(convolution.bias)
-        return nn.Sequential(convolution, nn.GroupNorm(32, out_channels))
+        return nn.Sequential(convolution, *([nn.GroupNorm(32, out_channels)] if norm else []))
 
     def forward(self, features: Mapping[str, Tensor], padding_mask: Tensor) -> FeaturePyramid:
         """Features by name, each (B, C, h, w), and the images' padding mask (B, H, W)."""

@@ -1,4 +1,5 @@
 import re
+from itertools import chain
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from golden import official_state, read_json
 from dino_d2.backbones import TimmBackbone
 from dino_d2.checkpoint import CheckpointError, convert, load_weights
 from dino_d2.checkpoint import backbones as backbone_tables
-from dino_d2.checkpoint.names import OFFICIAL_DINO, detrex_dino
+from dino_d2.checkpoint import names as tables
 
 EVAL = "dino/dino_4scale_r50_eval"
 UNUSED_COCO_IDS = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -34,7 +35,7 @@ OURS = {  # official name: ours, one of every kind
     "transformer.decoder.layers.2.norm1.weight": "decoder.layers.2.cross_attention_norm.weight",
     "transformer.decoder.layers.2.norm2.weight": "decoder.layers.2.self_attention_norm.weight",
     "transformer.decoder.layers.2.norm3.weight": "decoder.layers.2.ffn.norm.weight",
-    "transformer.decoder.ref_point_head.layers.0.bias": "decoder.position_mlp.layers.0.bias",
+    "transformer.decoder.ref_point_head.layers.0.bias": "decoder.placement.mlp.layers.0.bias",
     "transformer.decoder.bbox_embed.0.layers.2.bias": "heads.box_heads.0.layers.2.bias",
 }
 
@@ -76,7 +77,7 @@ def test_unknown_official_name_is_an_error(official):
 
 
 def test_unknown_source_is_an_error(official):
-    with pytest.raises(CheckpointError, match=r"'mmdetection'; known are dino, detrex"):
+    with pytest.raises(CheckpointError, match=r"'mmdetection'; known are dino, dn-detr, "):
         convert(official, "mmdetection")
 
 
@@ -191,7 +192,13 @@ def test_official_convnext_becomes_timms(scales, strides):
     assert converted_backbone(convnext_names((3, 3, 9, 3)), scales) == set(wanted)
 
 
-@pytest.mark.parametrize("table", [OFFICIAL_DINO, detrex_dino([]), *backbone_tables._TABLES])
-def test_tables_carry_every_placeholder_over(table):
-    for theirs, ours in table:
+def test_tables_carry_every_placeholder_over():
+    parts = [part for part in vars(tables).values() if isinstance(part, list)]
+    whole = [
+        tables.official_dino([]),
+        tables.official_dab([]),
+        tables.official_dab(["sa_qcontent"]),
+    ]
+    whole += [tables.official_deformable_detr(["transformer.enc_output.weight"])]
+    for theirs, ours in chain(*parts, *whole, *backbone_tables._TABLES):
         assert ours is None or len(re.findall(r"[#*]", theirs)) == len(re.findall(r"[#*]", ours))

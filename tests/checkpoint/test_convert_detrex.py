@@ -1,12 +1,9 @@
 """Names of detrex's DINO, written down from its code, against `convert`."""
 
-import re
-
 import pytest
 import torch
-from torch import nn
+from their_names import by_their_names, random_state, with_copies
 
-from dino_d2.backbones import FeatureShape
 from dino_d2.checkpoint import convert
 from dino_d2.checkpoint.names import detrex_dino, rename
 from dino_d2.models import build_dino
@@ -31,7 +28,7 @@ DETREX = [  # our beginning: detrex's
     (r"(\w+)\.layers\.(\d)\.ffn\.linear1\.", r"transformer.\1.layers.\2.ffns.0.layers.0.0."),
     (r"(\w+)\.layers\.(\d)\.ffn\.linear2\.", r"transformer.\1.layers.\2.ffns.0.layers.1."),
     (r"decoder\.norm\.", "transformer.decoder.norm."),
-    (r"decoder\.position_mlp\.", "transformer.decoder.ref_point_head."),
+    (r"decoder\.placement\.mlp\.", "transformer.decoder.ref_point_head."),
     (r"query_source\.project\.", "transformer.enc_output."),
     (r"query_source\.norm\.", "transformer.enc_output_norm."),
     (r"query_source\.content$", "transformer.tgt_embed.weight"),
@@ -44,32 +41,13 @@ DETREX = [  # our beginning: detrex's
 ]
 
 
-class NamedBackbone(nn.Module):
-    """Named like Detectron2's ResNet."""
-
-    def __init__(self):
-        super().__init__()
-        self.res2 = nn.ModuleList([nn.ModuleDict({"conv1": nn.Conv2d(3, 8, 1)})])
-
-    def output_shape(self):
-        return {f"res{i}": FeatureShape(8, 4 << i) for i in (3, 4, 5)}
-
-
 @pytest.fixture(scope="module")
 def small_detrex():
     """A model like detrex's and its weights by detrex's names."""
-    sizes = {"num_queries": 5, "embed_dim": 32, "num_heads": 2, "ffn_dim": 8}
-    layers = {"encoder_layers": 2, "decoder_layers": 2, "share_heads": False}
-    model = build_dino(NamedBackbone(), ["res3", "res4", "res5"], **sizes, **layers)
-    state = {name: torch.rand_like(t) for name, t in model.state_dict().items()}
-    weights = {detrex_name(name): tensor for name, tensor in state.items()}
-    heads = {n: t for n, t in weights.items() if n.startswith(("class_embed", "bbox_embed"))}
-    return state, {**weights, **{f"transformer.decoder.{n}": t for n, t in heads.items()}}
-
-
-def detrex_name(name):
-    pattern, theirs = next(row for row in DETREX if re.match(row[0], name))
-    return re.sub("^" + pattern, theirs, name)
+    state = random_state(build_dino, share_heads=False)
+    weights = by_their_names(state, DETREX)
+    heads = [(f"{kind}_embed.", f"transformer.decoder.{kind}_embed.") for kind in ("class", "bbox")]
+    return state, with_copies(weights, *heads)
 
 
 def test_detrex_weights_have_exactly_the_models_names(small_detrex):

@@ -13,7 +13,6 @@ TINY = [
     "model.detector.ffn_dim=32",
     "model.detector.encoder_layers=1",
     "model.detector.num_queries=10",
-    "model.detector.denoising_queries=10",
     "dataloader.train.total_batch_size=2",
     "train.log_period=1",
     "train.device=cpu",
@@ -44,12 +43,11 @@ def overrides(out, data, steps, *more):
     ]
 
 
-def make_config(out, data, steps, *more):
+def make_config(out, data, steps, *more, name="dino/dino_shapes"):
     """The same as a config."""
     from dino_d2.d2 import apply_overrides
 
-    config = model_zoo.get_config("dino/dino_shapes")
-    return apply_overrides(config, overrides(out, data, steps, *more))
+    return apply_overrides(model_zoo.get_config(name), overrides(out, data, steps, *more))
 
 
 def train_net(*arguments, check=True, **env):

@@ -1,8 +1,10 @@
 """Overrides that are checked, and what the shared parts of configs mean."""
 
+import re
+
 import pytest
 import torch
-from tiny import tiny_dino
+from tiny import tiny_detector
 
 pytestmark = pytest.mark.detectron2
 
@@ -137,13 +139,30 @@ def test_backbone_lr_is_for_the_backbone_only(name, factor):
     assert BackboneLR(0.1)(name) == factor
 
 
-def learning_rates(cfg):
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("detector.encoder.layers.0.attention.sampling_offsets.weight", 0.3),
+        ("detector.decoder.layers.1.cross_attention.sampling_offsets.bias", 0.3),
+        ("detector.query_source.reference.weight", 0.3),
+        ("detector.decoder.layers.1.cross_attention.attention_weights.weight", 1),
+        ("detector.query_source.positions", 1),
+        ("detector.backbone.sampling_offsets.weight", 0.1),
+    ],
+)
+def test_sampling_offsets_and_reference_points_may_have_a_rate_of_their_own(name, factor):
+    from dino_d2.d2.solver import BackboneLR
+
+    assert BackboneLR(0.1, sampling=0.3)(name) == factor
+
+
+def learning_rates(cfg, name="dino"):
     """By parameter name, of the config's optimizer on a tiny model."""
     from detectron2.config import instantiate
 
-    from dino_d2.d2 import DINO
+    from dino_d2.d2 import DetrMetaArch
 
-    model = DINO(detector=tiny_dino(torch.float32))
+    model = DetrMetaArch(detector=tiny_detector(name, torch.float32))
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -156,6 +175,16 @@ def test_the_shipped_optimizer_trains_the_backbone_at_a_tenth(cfg):
         assert rate == pytest.approx(1e-5 if name.startswith("detector.backbone.") else 1e-4)
 
 
+@pytest.mark.parametrize("name", ["deformable_detr", "deformable_detr_two_stage"])
+def test_deformable_detr_samples_at_a_tenth_of_the_rate(name):
+    from dino_d2 import model_zoo
+
+    rates = learning_rates(model_zoo.get_config("deformable_detr/deformable_detr_r50_50ep"), name)
+    slow = r"\.backbone\.|\.sampling_offsets\.|\.query_source\.reference\."
+    for parameter, rate in rates.items():
+        assert rate == pytest.approx(2e-5 if re.search(slow, parameter) else 2e-4), parameter
+
+
 def test_the_learning_rate_is_set_in_one_place(cfg):
     rates = learning_rates(override(cfg, "optimizer.lr=1e-2"))
     assert sorted(set(rates.values())) == pytest.approx([1e-3, 1e-2])
@@ -164,9 +193,10 @@ def test_the_learning_rate_is_set_in_one_place(cfg):
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("dino_r50_4scale_12ep", 11 / 12),
-        ("dino_r50_4scale_24ep", 20 / 24),
-        ("dino_shapes", 11 / 12),
+        ("dino/dino_r50_4scale_12ep", 11 / 12),
+        ("dino/dino_r50_4scale_24ep", 20 / 24),
+        ("dino/dino_shapes", 11 / 12),
+        ("deformable_detr/deformable_detr_r50_50ep", 40 / 50),
     ],
 )
 def test_the_learning_rate_drops_where_the_recipe_says(name, steps):
@@ -174,7 +204,7 @@ def test_the_learning_rate_drops_where_the_recipe_says(name, steps):
 
     from dino_d2 import model_zoo
 
-    schedule = instantiate(model_zoo.get_config(f"dino/{name}").lr_multiplier)
+    schedule = instantiate(model_zoo.get_config(name).lr_multiplier)
     assert [schedule(where) for where in (0, steps - 1e-4)] == [1, 1]
     assert [schedule(where) for where in (steps, 1 - 1e-4)] == pytest.approx([0.1, 0.1])
 
@@ -204,18 +234,33 @@ def test_a_saved_config_loads_again(cfg, tmp_path):
     assert values(first) == values(second)
 
 
-def test_yacs_keys_are_the_defaults_of_the_model():
+@pytest.mark.parametrize(
+    ("key", "builders"),
+    [
+        ("DINO", ["dino"]),
+        ("DN_DETR", ["dn_detr", "dab_detr"]),  # which takes further arguments
+        ("DAB_DETR", ["dab_detr"]),
+        ("DAB_DEFORMABLE_DETR", ["dab_deformable_detr"]),
+        ("DEFORMABLE_DETR", ["deformable_detr"]),
+    ],
+)
+def test_yacs_keys_are_the_defaults_of_the_model(key, builders):
     import inspect
 
     from detectron2.config import get_cfg
 
+    from dino_d2 import models
     from dino_d2.d2 import add_dino_d2_config
-    from dino_d2.models import build_dino
 
     cfg = get_cfg()
     add_dino_d2_config(cfg)
-    parameters = inspect.signature(build_dino).parameters
-    keys = {"NUM_CLASSES", "NUM_LEVELS", "NUM_QUERIES", "DENOISING"}
-    assert {key: cfg.MODEL.DINO[key] for key in keys} == {
-        key: parameters[key.lower()].default for key in keys
-    }
+    keys = dict(cfg.MODEL[key])
+    keys.pop("DENOISING_QUERIES", None)  # the builder's default depends on its other arguments
+    assert (keys.pop("IN_FEATURES"), keys.pop("NUM_DETECTIONS")) == (
+        ["res5"] if keys["NUM_LEVELS"] == 1 else ["res3", "res4", "res5"],
+        100 if "DEFORMABLE" in key else 300,
+    )
+    parameters = {}
+    for builder in reversed(builders):
+        parameters.update(inspect.signature(getattr(models, f"build_{builder}")).parameters)
+    assert keys == {name: parameters[name.lower()].default for name in keys}

@@ -9,7 +9,12 @@ import torch
 from PIL import Image
 from shapes_run import make_config, make_data, overrides, train_net
 
+from dino_d2 import model_zoo
+
 pytestmark = pytest.mark.detectron2
+
+SHAPES = [name for name in model_zoo.list_configs() if name.endswith("_shapes")]
+RELATIVES = [name for name in SHAPES if name != "dino/dino_shapes"]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +123,13 @@ def test_resuming_goes_on_where_the_run_ended(trained, data, tmp_path):
 def test_training_returns_the_results_of_its_evaluation(data, tmp_path):
     results = train(make_config(tmp_path, data, 1))
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= results["bbox"].keys()
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_train(name, data, tmp_path):
+    results = train(make_config(tmp_path, data, 1, name=name))
+    assert "AP" in results["bbox"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "model_final.pth").values())
 
 
 def test_training_works_without_an_evaluator(data, tmp_path):

@@ -6,28 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
-from dino_d2.diagnostics import curves, detections
 from dino_d2.diagnostics.curves import plot_curves
 from dino_d2.diagnostics.detections import draw_detections
 
 LOSSES = {"total_loss": 9.0, "loss_class": 1.0, "loss_bbox": 2.0, "loss_giou": 3.0}
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were drawn."""
-    drawn = []
-
-    def keep(*args, **kwargs):
-        drawn.append(Figure(*args, **kwargs))
-        return drawn[-1]
-
-    for module in (curves, detections):
-        monkeypatch.setattr(module, "Figure", keep)
-    return drawn
 
 
 @pytest.fixture

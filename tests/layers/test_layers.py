@@ -4,33 +4,24 @@ import numpy as np
 import pytest
 import torch
 from reference import ms_deform_attn_loop, position_encoding_loop, sine_loop
+from tiny import add_noise, make_memory
 
-from dino_d2.layers import MLP, DeformableAttention, SinePositionEncoding, encode_boxes
-from dino_d2.types import Memory
+from dino_d2.layers import (
+    MLP,
+    DeformableAttention,
+    FeedForward,
+    SinePositionEncoding,
+    encode_boxes,
+)
 
 SHAPES = ((4, 6), (2, 3))
-
-
-def make_memory(embed_dim=16, batch=2):
-    """The second image is 2 x 4 on the first level, 1 x 2 on the second."""
-    masks = []
-    for (height, width), (valid_height, valid_width) in zip(SHAPES, ((2, 4), (1, 2)), strict=True):
-        mask = torch.zeros(batch, height, width, dtype=torch.bool)
-        mask[1, valid_height:], mask[1, :, valid_width:] = True, True
-        masks.append(mask.flatten(1))
-    sizes = torch.tensor([[w, h] for h, w in SHAPES], dtype=torch.float64)
-    valid = torch.tensor([[[6, 4], [3, 2]], [[4, 2], [2, 1]]], dtype=torch.float64)
-    tokens = torch.randn(batch, 30, embed_dim, dtype=torch.float64)
-    return Memory(tokens, torch.cat(masks, 1), SHAPES, sizes, valid / sizes)
+VALID = (SHAPES, ((2, 4), (1, 2)))  # of each image
 
 
 def make_attention():
     """With weights and biases far from their initial values."""
-    attention = DeformableAttention(16, num_heads=4, num_levels=2, num_points=3).double()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return attention
+    attention = DeformableAttention(16, num_heads=4, num_levels=2, num_points=3)
+    return add_noise(attention.double(), 0.3)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +59,12 @@ def test_boxes_are_encoded_as_y_x_w_h():
         np.testing.assert_allclose(actual[b, q], expected, rtol=0, atol=1e-12)
 
 
+def test_boxes_can_be_encoded_in_another_order():
+    boxes = torch.rand(3, 4)
+    y, x, w, h = encode_boxes(boxes, 6).chunk(4, -1)
+    assert torch.equal(encode_boxes(boxes, 6, order=(0, 1, 2, 3)), torch.cat([x, y, w, h], -1))
+
+
 def test_attention_starts_along_a_direction_per_head():
     attention = DeformableAttention(32, num_heads=8, num_levels=2, num_points=3)
     offsets = attention.sampling_offsets.bias.view(8, 2, 3, 2)
@@ -89,7 +86,7 @@ def test_attention_starts_uniform():
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_attention_samples_where_it_says(coordinates):
-    attention, memory = make_attention(), make_memory()
+    attention, memory = make_attention(), make_memory(SHAPES, VALID, 16)
     query = torch.randn(2, 5, 16, dtype=torch.float64)
     reference = torch.rand(2, 5, 2, coordinates, dtype=torch.float64)
     with torch.no_grad():
@@ -114,7 +111,7 @@ def test_attention_samples_where_it_says(coordinates):
 
 
 def test_tokens_of_padding_do_not_matter():
-    attention, memory = make_attention(), make_memory()
+    attention, memory = make_attention(), make_memory(SHAPES, VALID, 16)
     query = torch.randn(2, 5, 16, dtype=torch.float64)
     reference = torch.rand(2, 5, 2, 2, dtype=torch.float64)
     changed = memory.tokens.masked_fill(memory.padding_mask[..., None], 1e3)
@@ -142,3 +139,14 @@ def test_mlp_has_relu_between_its_layers_only():
 def test_mlp_of_one_layer_is_linear():
     mlp, x = MLP(3, 7, 2, 1), torch.randn(4, 3)
     torch.testing.assert_close(mlp(x), mlp.layers[0](x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("prelu", 0.25)])
+def test_feed_forward_follows_its_definition(activation, slope):
+    ffn, x = add_noise(FeedForward(4, 7, activation)), torch.randn(5, 4)
+    if activation == "prelu":
+        ffn.activation.weight.fill_(slope)
+    hidden = ffn.linear1(x)
+    hidden = hidden.where(hidden > 0, slope * hidden)
+    torch.testing.assert_close(ffn(x), ffn.norm(x + ffn.linear2(hidden)))

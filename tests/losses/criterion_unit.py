@@ -1,10 +1,11 @@
 """The reference case `criterion_unit`: synthetic outputs of all groups, in the project's types."""
 
+import golden
 import torch
 from golden import read_arrays, read_json
 
 from dino_d2.losses import pack_targets
-from dino_d2.types import Predictions, Target
+from dino_d2.types import Predictions
 
 ARRAYS = read_arrays("dino/criterion_unit")
 VARIANTS = read_json("dino/criterion_unit", "losses")
@@ -27,11 +28,4 @@ def make_predictions(group):
 
 def make_targets(variant):
     like = torch.zeros((), dtype=torch.float64)
-    targets = [
-        Target(
-            torch.tensor(t["labels"], dtype=torch.int64),
-            torch.tensor(t["boxes"], dtype=torch.float64).reshape(-1, 4),
-        )
-        for t in VARIANTS[variant]["targets"]
-    ]
-    return pack_targets(targets, 91, like)
+    return pack_targets(golden.make_targets(VARIANTS[variant]["targets"]), 91, like)

@@ -27,20 +27,19 @@ def as_rank_of_two(monkeypatch):
     monkeypatch.setattr(detr.distributed, "all_reduce", lambda total: total.add_(7))
 
 
-def run(variant, matched=("decoder", "encoder proposals")):
+def run(variant):
     """The losses of a variant, and the predictions of its groups."""
     targets = make_targets(variant)
     predictions = {group: make_predictions(group) for group in LAYERS}
-    assignments = HungarianMatcher()({name: predictions[name] for name in matched}, targets)
+    matched = {"": "decoder", "enc": "encoder proposals"}
+    matched = {name: (predictions[group], targets) for name, group in matched.items()}
+    assignments = HungarianMatcher()(matched)
     count = detr.average_count(targets)
-    groups = [
-        Group("", predictions["decoder"], assignments["decoder"], count),
-        Group("enc", predictions["encoder proposals"], assignments["encoder proposals"], count),
-    ]
+    groups = [Group(name, *given, assignments[name], count) for name, given in matched.items()]
     if VARIANTS[variant]["dn"]:
         known = ContrastiveDenoising(91, 4, num_groups=2).double()(targets).assignment
-        groups.append(Group("dn", predictions["denoising"], known, 2 * count))
-    return Criterion()(groups, targets), predictions
+        groups.append(Group("dn", predictions["denoising"], targets, known, 2 * count))
+    return Criterion()(groups), predictions
 
 
 def official_losses(variant, groups):
@@ -81,6 +80,13 @@ def test_official_gradients():
                 np.testing.assert_allclose(gradient[layer], expected, rtol=1e-9, atol=1e-12)
 
 
+TARGETS = Targets(
+    torch.tensor([2, 0]),
+    torch.tensor([[0.5, 0.5, 0.3, 0.2], [0.2, 0.7, 0.1, 0.2]], dtype=torch.float64),
+    (2,),
+)
+
+
 def make_group(name="", num_layers=2, **settings):
     """Every layer predicts the same; queries 1 and 2 of one image answer for objects 1 and 0."""
     logits = torch.randn(1, 1, 4, 3, dtype=torch.float64).repeat(num_layers, 1, 1, 1)
@@ -88,18 +94,12 @@ def make_group(name="", num_layers=2, **settings):
     rows = torch.tensor([[1, 2]]), torch.tensor([[1, 0]])
     assignment = Assignment(torch.tensor([0, 0]), *(row.repeat(num_layers, 1) for row in rows))
     settings = {"normalizer": 1.0, **settings}
-    return Group(name, Predictions(logits, boxes), assignment, **settings)
-
-
-@pytest.fixture
-def targets():
-    boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2], [0.2, 0.7, 0.1, 0.2]], dtype=torch.float64)
-    return Targets(torch.tensor([2, 0]), boxes, (2,))
+    return Group(name, Predictions(logits, boxes), TARGETS, assignment, **settings)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7])
-def test_every_layer_is_weighted_whatever_their_number(num_layers, targets):
-    losses = Criterion()([make_group("dn", num_layers)], targets)
+def test_every_layer_is_weighted_whatever_their_number(num_layers):
+    losses = Criterion()([make_group("dn", num_layers)])
     layers = ["", *(f"_{layer}" for layer in range(num_layers - 1))]
     kinds = ("class", "bbox", "giou")
     assert set(losses) == {f"loss_{kind}_dn{layer}" for kind in kinds for layer in layers}
@@ -109,41 +109,64 @@ def test_every_layer_is_weighted_whatever_their_number(num_layers, targets):
         assert values[0] > 0
 
 
-def test_losses_follow_their_definition(targets):
+def test_losses_follow_their_definition():
     group = make_group(num_layers=1)
-    losses = Criterion(2, 3, 5)([group], targets)
+    losses = Criterion(2, 3, 5)([group])
     scores = np.zeros((4, 3))
     scores[1, 0] = scores[2, 2] = 1  # the classes of objects 1 and 0
     focal = focal_loss_loop(group.predictions.logits[0, 0].numpy(), scores, 0.25, 2)
     assert losses["loss_class"].item() == pytest.approx(2 * focal.sum())
-    distance = (group.predictions.boxes[0, 0, [1, 2]] - targets.boxes[[1, 0]]).abs().sum()
+    distance = (group.predictions.boxes[0, 0, [1, 2]] - TARGETS.boxes[[1, 0]]).abs().sum()
     assert losses["loss_bbox"].item() == pytest.approx(3 * distance.item())
 
 
-def test_weight_and_normalizer_scale_all_losses_of_a_group(targets):
+def test_weight_and_normalizer_scale_all_losses_of_a_group():
     group = make_group()
-    plain = Criterion()([group], targets)
-    scaled = Criterion()([group._replace(weight=6.0, normalizer=torch.tensor(2.0))], targets)
+    plain = Criterion()([group])
+    scaled = Criterion()([group._replace(weight=6.0, normalizer=torch.tensor(2.0))])
     for name, loss in plain.items():
         torch.testing.assert_close(scaled[name], 3 * loss)
 
 
-def test_an_assignment_of_one_layer_serves_all(targets):
+def test_an_assignment_of_one_layer_serves_all():
     group = make_group(num_layers=3)
     once = group.assignment._replace(
         query=group.assignment.query[:1], target=group.assignment.target[:1]
     )
-    expected = Criterion()([group], targets)
-    for name, loss in Criterion()([group._replace(assignment=once)], targets).items():
+    expected = Criterion()([group])
+    for name, loss in Criterion()([group._replace(assignment=once)]).items():
         assert torch.equal(loss, expected[name])
 
 
+def test_every_group_has_objects_of_its_own():
+    group = make_group()
+    other = group._replace(name="other", targets=TARGETS._replace(labels=torch.tensor([1, 1])))
+    losses = Criterion()([group, other])
+    assert losses["loss_bbox_other"] == losses["loss_bbox"]
+    scores = np.zeros((4, 3))
+    scores[[1, 2], 1] = 1
+    focal = focal_loss_loop(group.predictions.logits[0, 0].numpy(), scores, 0.25, 2)
+    assert losses["loss_class_other"].item() == pytest.approx(focal.sum())
+
+
+def test_ignored_queries_are_not_even_background():
+    group = make_group(num_layers=1)
+    scores = np.zeros((4, 3))
+    scores[1, 0] = scores[2, 2] = 1
+    focal = focal_loss_loop(group.predictions.logits[0, 0].numpy(), scores, 0.25, 2)
+    ignored = torch.tensor([[False, False, False, True]])
+    losses = Criterion()([group._replace(ignored=ignored)])
+    assert losses["loss_class"].item() == pytest.approx(focal[:3].sum())
+    assert losses["loss_bbox"] == Criterion()([group])["loss_bbox"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_losses_of_half_precision_are_computed_in_single(dtype, targets):
+def test_losses_of_half_precision_are_computed_in_single(dtype):
     group = make_group()
     half = Predictions(*(part.to(dtype) for part in group.predictions))
-    targets = targets._replace(boxes=targets.boxes.float())
-    for loss in Criterion()([group._replace(predictions=half)], targets).values():
+    targets = TARGETS._replace(boxes=TARGETS.boxes.float())
+    group = group._replace(predictions=half, targets=targets)
+    for loss in Criterion()([group]).values():
         assert loss.dtype == torch.float32
 
 

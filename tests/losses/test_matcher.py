@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from criterion_unit import ARRAYS, LAYERS, VARIANTS, make_predictions, make_targets
+from golden import pairs_of
 from tiny import NUM_CLASSES, tiny_targets
 
 from dino_d2.errors import NonFiniteError
@@ -23,14 +24,7 @@ def random_problem(num_queries, *counts, num_layers=2):
 
 
 def match(predictions, targets):
-    return HungarianMatcher()({"decoder": predictions}, targets)["decoder"]
-
-
-def pairs_of(assignment, targets, layer, image):
-    """Query and object of one layer and image, objects counted from the image's first."""
-    chosen = assignment.image == image
-    start = sum(targets.counts[:image])
-    return assignment.query[layer, chosen], assignment.target[layer, chosen] - start
+    return HungarianMatcher()({"decoder": (predictions, targets)})["decoder"]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -46,11 +40,11 @@ def test_official_costs(group):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_official_matching(variant):
     targets = make_targets(variant)
-    matched = HungarianMatcher()({group: make_predictions(group) for group in GROUPS}, targets)
+    matched = HungarianMatcher()({g: (make_predictions(g), targets) for g in GROUPS})
     for group in GROUPS:
         for layer, name in enumerate(LAYERS[group]):
             for image in range(2):
-                query, target = pairs_of(matched[group], targets, layer, image)
+                query, target = pairs_of(matched[group], targets.counts, layer, image)
                 prefix = f"{variant}.match.{name}.{image}"
                 np.testing.assert_array_equal(query, ARRAYS[f"{prefix}.query"])
                 np.testing.assert_array_equal(target, ARRAYS[f"{prefix}.target"])
@@ -67,7 +61,7 @@ def test_no_permutation_costs_less(counts):
             sum(cost[row, column].item() for column, row in enumerate(rows))
             for rows in permutations(range(cost.shape[0]), cost.shape[1])
         )
-        query, target = pairs_of(assignment, targets, layer, image)
+        query, target = pairs_of(assignment, targets.counts, layer, image)
         cost = HungarianMatcher().cost(predictions, targets, image)[layer]
         assert cost[query, target].sum().item() == pytest.approx(best)
 
@@ -78,7 +72,7 @@ def test_one_query_per_object_and_one_object_per_query(counts):
     assignment = match(predictions, targets)
     for layer in range(2):
         for image, count in enumerate(counts):
-            query, target = pairs_of(assignment, targets, layer, image)
+            query, target = pairs_of(assignment, targets.counts, layer, image)
             assert len(set(query.tolist())) == len(set(target.tolist())) == min(count, 4)
             assert set(query.tolist()) <= set(range(4))
             assert set(target.tolist()) <= set(range(count))
@@ -96,7 +90,7 @@ def test_an_image_is_matched_with_its_own_objects_only():
     predictions, targets = random_problem(4, 1, 1)
     predictions.boxes[:, 0] = targets.boxes[1]
     expected = match(*random_problem_of_image(predictions, targets, 0))
-    query, target = pairs_of(match(predictions, targets), targets, 0, 0)
+    query, target = pairs_of(match(predictions, targets), targets.counts, 0, 0)
     assert target.tolist() == [0]
     assert query.tolist() == expected.query[0].tolist()
 
@@ -116,9 +110,9 @@ def test_the_weights_of_the_costs_count():
     logits = torch.full((1, 1, 2, NUM_CLASSES), -4.0, dtype=torch.float64)
     logits[..., 1, targets.labels[0]] = 4
     boxes = torch.stack([targets.boxes[0], torch.tensor([0.9, 0.9, 0.1, 0.1]).double()])
-    predictions = {"decoder": Predictions(logits, boxes[None, None])}
-    by_box = HungarianMatcher(class_cost=0)(predictions, targets)["decoder"]
-    by_class = HungarianMatcher(box_cost=0, giou_cost=0)(predictions, targets)["decoder"]
+    matched = {"decoder": (Predictions(logits, boxes[None, None]), targets)}
+    by_box = HungarianMatcher(class_cost=0)(matched)["decoder"]
+    by_class = HungarianMatcher(box_cost=0, giou_cost=0)(matched)["decoder"]
     assert (by_box.query.item(), by_class.query.item()) == (0, 1)
 
 
@@ -139,16 +133,28 @@ def test_groups_that_are_not_finite_are_named(name):
     good, targets = random_problem(4, 1, 2)
     bad = Predictions(good.logits[:1].clone(), good.boxes[:1])
     bad.logits[0, 0, 0, 0] = torch.nan
-    matched, checked = {"decoder": good}, {}
-    (matched if name == "encoder proposals" else checked)[name] = bad
+    matched, checked = {"decoder": (good, targets)}, {}
+    if name == "denoising":
+        checked[name] = bad
+    else:
+        matched[name] = bad, targets
     with pytest.raises(NonFiniteError, match=f"class scores in {name} for image 0"):
-        HungarianMatcher()(matched, targets, checked)
+        HungarianMatcher()(matched, checked)
 
 
 def test_groups_that_are_only_checked_are_not_matched():
     predictions, targets = random_problem(4, 1)
-    matched = HungarianMatcher()({"decoder": predictions}, targets, {"denoising": predictions})
-    assert set(matched) == {"decoder"}
+    given = {"decoder": (predictions, targets)}
+    assert set(HungarianMatcher()(given, {"denoising": predictions})) == {"decoder"}
+
+
+def test_groups_are_matched_with_their_own_objects():
+    """Several at once as each by itself: other classes, other numbers of objects and queries."""
+    problems = {name: random_problem(4 + n, 3 - n, n) for n, name in enumerate("abc")}
+    together = HungarianMatcher()(problems)
+    for name, problem in problems.items():
+        for actual, expected in zip(together[name], match(*problem), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_confident_half_precision_scores_have_finite_costs():

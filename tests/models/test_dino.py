@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from tiny import NUM_CLASSES, SETTINGS, tiny_batch, tiny_dino, tiny_targets
+from tiny import (
+    NUM_CLASSES,
+    SETTINGS,
+    after_neck,
+    make_pyramid,
+    random_maps,
+    tiny_batch,
+    tiny_dino,
+    tiny_targets,
+)
 
 from dino_d2.errors import NonFiniteError, TargetError
-from dino_d2.layers import SinePositionEncoding
 from dino_d2.transformer import ContrastiveDenoising, Denoising
-from dino_d2.types import FeaturePyramid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,30 +25,6 @@ LARGER = {
     "below": ((12, 9), (6, 5), (3, 3)),
     "both": ((12, 16), (6, 8), (3, 4)),
 }
-
-
-def make_pyramid(image_maps):
-    """Pads every image's maps to the largest ones, with values that must not matter."""
-    maps, masks = [], []
-    for of_level in zip(*image_maps, strict=True):
-        height, width = (max(m.shape[side] for m in of_level) for side in (1, 2))
-        maps.append(torch.full((len(of_level), 32, height, width), 7.0, dtype=torch.float64))
-        masks.append(torch.ones(len(of_level), height, width, dtype=torch.bool))
-        for image, m in enumerate(of_level):
-            maps[-1][image, :, : m.shape[1], : m.shape[2]] = m
-            masks[-1][image, : m.shape[1], : m.shape[2]] = False
-    positions = [SinePositionEncoding(32)(mask, torch.float64) for mask in masks]
-    return FeaturePyramid(tuple(maps), tuple(masks), tuple(positions))
-
-
-def random_maps(shapes):
-    return [torch.randn(32, *shape, dtype=torch.float64) for shape in shapes]
-
-
-def after_neck(model, pyramid):
-    memory = model.encoder(pyramid)
-    queries, proposals = model.query_source(memory)
-    return model.decoder(queries, memory, model.heads), proposals
 
 
 @torch.no_grad()
@@ -141,7 +124,7 @@ def test_names_of_the_losses(num_layers, denoising):
 def test_groups_are_normalized_by_their_number_of_objects():
     """Each of the denoising groups holds all objects once more."""
     model, seen = tiny_dino(denoising_queries=None, denoising_groups=5).train(), {}
-    model.criterion = lambda groups, targets: seen.update({g.name: g.normalizer for g in groups})
+    model.criterion = lambda groups: seen.update({g.name: g.normalizer for g in groups})
     model(*tiny_batch(), tiny_targets(3, 1))
     assert seen == {"": 4, "enc": 4, "dn": 20}
 

@@ -3,28 +3,36 @@
 import numpy as np
 import pytest
 import torch
-from golden import assert_probe, draw, image, official_state, read_arrays, read_json
+from golden import (
+    assert_gradient_norms,
+    assert_losses,
+    assert_probe,
+    draw,
+    make_batch,
+    make_noise,
+    make_targets,
+    official_state,
+    pairs_of,
+    read_arrays,
+    read_json,
+    record_matching,
+)
 
 from dino_d2.backbones import TorchvisionBackbone
 from dino_d2.box_ops import cxcywh_to_xyxy
 from dino_d2.checkpoint import convert
-from dino_d2.checkpoint.names import OFFICIAL_DINO, rename
+from dino_d2.checkpoint.names import official_dino, rename
 from dino_d2.losses import pack_targets
 from dino_d2.models import build_dino
 from dino_d2.postprocess import postprocess
-from dino_d2.preprocess import batch_images
 from dino_d2.transformer import ContrastiveDenoising
-from dino_d2.transformer.denoising import Noise
 from dino_d2.transformer.query_selection import propose_anchors
-from dino_d2.types import Target
 
 EVAL = "dino/dino_4scale_r50_eval"
 LOSS = "dino/dino_4scale_r50_loss"
 CDN_LOSS = "dino/dino_4scale_r50_cdn_loss"
 CASE = read_json(EVAL)
 ARRAYS = read_arrays(EVAL)
-# official name -> ours
-LOSS_NAMES = {"loss_ce": "loss_class", "loss_bbox": "loss_bbox", "loss_giou": "loss_giou"}
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +41,6 @@ def dino():
     model = build_dino(backbone, ["stride8", "stride16", "stride32"], num_classes=91).double()
     model.load_state_dict(convert(official_state(EVAL), "dino", wanted=model.state_dict()))
     return model
-
-
-def make_batch():
-    images = [image(**i).double() for i in CASE["images"]]
-    mean, std = ([255 * x for x in CASE[key]] for key in ("mean", "std"))
-    return batch_images(images, mean, std)
-
-
-def make_targets(targets):
-    return [
-        Target(
-            torch.tensor(t["labels"], dtype=torch.int64),
-            torch.tensor(t["boxes"], dtype=torch.float64).reshape(-1, 4),
-        )
-        for t in targets or [{"labels": [], "boxes": []}] * 2
-    ]
 
 
 def record(module, store, name, pick=lambda output: output):
@@ -81,10 +73,10 @@ def evaluation(dino):
         ),
         record(dino.decoder.layers[0].cross_attention, seen, "decoder.0.cross_attn_out"),
     ]
-    hooks.append(record(dino.decoder.position_mlp, seen, "query_pos"))
+    hooks.append(record(dino.decoder.placement.mlp, seen, "query_pos"))
     hooks.append(record(dino.decoder.norm, seen, "hs"))
     with torch.no_grad():
-        images, mask = make_batch()
+        images, mask = make_batch(CASE)
         predictions = dino.eval()(images, mask)
     for hook in hooks:
         hook.remove()
@@ -169,40 +161,17 @@ def test_postprocess(evaluation):
     np.testing.assert_allclose(detections.boxes, ARRAYS["post_boxes"], atol=1e-3)
 
 
-def our_loss_name(official):
-    """loss_ce_dn_3 -> loss_class_dn_3"""
-    for theirs, ours in LOSS_NAMES.items():
-        if official.startswith(theirs):
-            return ours + official.removeprefix(theirs).replace("_interm", "_enc")
-    return None
-
-
-def weigh(official_losses, weights):
-    """The official weighted losses by our names, without those that are logged only."""
-    return {
-        our_loss_name(name): value * weights[name]
-        for name, value in official_losses.items()
-        if name in weights
-    }
-
-
 def assert_gradients(dino, expected, arrays, prefix):
-    """Norms and 16 values of the gradients, by official names."""
+    """Norms, and 16 values of some of the gradients."""
+    table = official_dino([])
+    assert_gradient_norms(dino, expected["l2"], expected["norm_over_all_trainable"], table)
     parameters = dict(dino.named_parameters())
-    for official, norm in expected["l2"].items():
-        name = rename(official, OFFICIAL_DINO)
-        gradient = parameters[name].grad if name in parameters else None
-        if gradient is None:
-            assert not norm, name
-            continue
-        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-7, abs=1e-12), name
+    for official in expected["l2"]:
         key = f"{prefix}.{official}"
         if key + ".val" in arrays and official != "label_enc.weight":
-            values = gradient.numpy().reshape(-1)[arrays[key + ".idx"]]
+            values = parameters[rename(official, table)].grad.flatten()[arrays[key + ".idx"]]
             scale = max(np.abs(arrays[key + ".val"]).max(), 1e-12)
             np.testing.assert_allclose(values / scale, arrays[key + ".val"] / scale, atol=1e-6)
-    total = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
-    assert float(total) == pytest.approx(expected["norm_over_all_trainable"], rel=1e-7)
 
 
 @pytest.mark.parametrize("variant", ["objects", "empty0", "all_empty"])
@@ -210,23 +179,9 @@ def test_losses_matching_and_gradients(dino, variant, monkeypatch):
     case, arrays = read_json(LOSS), read_arrays(LOSS)
     expected = read_json(LOSS, "losses")[variant]
     monkeypatch.setattr(dino, "denoising", None)
-    matched = {}
-    solve = dino.matcher.__call__
-
-    class Recorder:
-        def __call__(self, *arguments):
-            matched.update(solve(*arguments))
-            return matched
-
-    monkeypatch.setattr(dino, "matcher", Recorder())
-    images, mask = make_batch()
-    losses = dino.train()(images, mask, make_targets(case["variants"][variant]))
-    wanted = {
-        k: v for k, v in weigh(expected["losses"], case["weight_dict"]).items() if "dn" not in k
-    }
-    assert set(losses) == set(wanted)
-    for name, value in wanted.items():
-        assert losses[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
+    matched = record_matching(dino, monkeypatch)
+    losses = dino.train()(*make_batch(CASE), make_targets(case["variants"][variant]))
+    assert_losses(losses, expected["losses"], case["weight_dict"], denoising=False)
     if variant == "all_empty":
         assert all(a.query.numel() == 0 for a in matched.values())
         return
@@ -243,44 +198,21 @@ def assert_matching(matched, arrays, variant, targets):
     layers = {f"aux{i}": ("decoder", i) for i in range(5)}
     layers.update({"last": ("decoder", 5), "interm": ("encoder proposals", 0)})
     for official, (group, layer) in layers.items():
-        assignment = matched[group]
-        for image_index in range(2):
-            chosen = assignment.image == image_index
-            start = sum(counts[:image_index])
-            prefix = f"{variant}.match.{official}.{image_index}"
-            query, target = (
-                assignment.query[layer, chosen],
-                assignment.target[layer, chosen] - start,
-            )
+        for image in range(2):
+            query, target = pairs_of(matched[group], counts, layer, image)
+            prefix = f"{variant}.match.{official}.{image}"
             np.testing.assert_array_equal(query, arrays[f"{prefix}.query"])
             np.testing.assert_array_equal(target, arrays[f"{prefix}.target"])
 
 
 def recorded_noise(arrays, case, counts, repeats):
-    """The official draws, a value per object and repeat, laid out as (B, R, T)."""
-    slots = [(b, t) for b, count in enumerate(counts) for t in range(count)]
-    shape = (len(counts), repeats, max(counts, default=0))
-    noise = Noise(
-        torch.zeros(shape, dtype=torch.bool),
-        torch.zeros(shape, dtype=torch.int64),
-        torch.ones(*shape, 4, dtype=torch.float64),
-        torch.zeros(*shape, 4, dtype=torch.float64),
-    )
+    """The official draws; labels were drawn for replaced ones only."""
     replaced = arrays[f"{case}.draw_p"] < 0.25
     labels = np.zeros(len(replaced), np.int64)
     labels[replaced] = arrays[f"{case}.draw_new_label"]
-    index = 0
-    for r in range(repeats):
-        for b, t in slots:
-            noise.replace[b, r, t] = bool(replaced[index])
-            noise.labels[b, r, t] = int(labels[index])
-            direction = arrays[f"{case}.draw_rand_sign_raw"][index] * 2 - 1
-            noise.direction[b, r, t] = torch.from_numpy(direction)
-            amount = arrays[f"{case}.draw_rand_part_raw"][index]
-            noise.amount[b, r, t] = torch.from_numpy(amount.astype(np.float64))
-            index += 1
-    assert index == len(replaced)
-    return noise
+    directions = arrays[f"{case}.draw_rand_sign_raw"] * 2 - 1
+    amounts = arrays[f"{case}.draw_rand_part_raw"]
+    return make_noise(counts, repeats, replaced, labels, directions, amounts)
 
 
 def test_losses_with_denoising(dino, monkeypatch):
@@ -295,8 +227,7 @@ def test_losses_with_denoising(dino, monkeypatch):
     )
     predictions = {}
     hook = record(dino.decoder, predictions, "all")
-    images, mask = make_batch()
-    losses = dino.train()(images, mask, make_targets(case["targets"]))
+    losses = dino.train()(*make_batch(CASE), make_targets(case["targets"]))
     hook.remove()
     ((logits, boxes),) = predictions["all"]
     number = case["dn_meta"]["pad_size"]
@@ -309,11 +240,8 @@ def test_losses_with_denoising(dino, monkeypatch):
     }
     for name, tensor in pairs.items():
         np.testing.assert_allclose(tensor.detach(), arrays[name], atol=2e-6, err_msg=name)
-    wanted = weigh(expected["losses"], case["weight_dict"])
-    assert set(losses) == set(wanted)
-    assert len(wanted) == 39
-    for name, value in wanted.items():
-        assert losses[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
+    assert_losses(losses, expected["losses"], case["weight_dict"], denoising=True)
+    assert len(losses) == 39
     dino.zero_grad()
     sum(losses.values()).backward()
     assert_gradients(dino, expected["gradients"]["total"], arrays, "grad_total")

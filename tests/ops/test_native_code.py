@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import find_nvcc
+from machine import find_nvcc
 from reference import ms_deform_attn_loop
 
 HERE = Path(__file__).parent

@@ -6,8 +6,9 @@ import torch
 from tiny import NUM_CLASSES, tiny_targets
 
 from dino_d2.box_ops import cxcywh_to_xyxy
-from dino_d2.losses import pack_targets
+from dino_d2.losses import Criterion, Group, pack_targets
 from dino_d2.transformer import ContrastiveDenoising, Denoising
+from dino_d2.types import Predictions
 
 KINDS = [Denoising, ContrastiveDenoising]
 
@@ -140,6 +141,43 @@ def test_empty_slots_hold_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_hidden_empty_slots_are_seen_by_nobody(kind):
+    plain, hidden = (make(kind, num_groups=2, hide_empty=h)(pack(1, 3)) for h in (False, True))
+    total = count(plain)
+    empty = torch.zeros(2, total + 4, dtype=torch.bool)
+    empty[0, :total] = ~torch.tensor([True, False, False]).repeat(total // 3)
+    assert torch.equal(hidden.attn_mask(4), plain.attn_mask(4) | empty[:, None])
+    assert not hidden.attn_mask(4).all(-1).any(), "everyone sees something"
+
+
+@pytest.mark.parametrize(("kind", "background"), [(Denoising, False), (ContrastiveDenoising, True)])
+def test_empty_slots_are_background_or_have_no_loss(kind, background):
+    targets = pack(1, 3)
+    noised = make(kind, num_groups=2)(targets)
+    shape = (1, 2, count(noised))
+    boxes = torch.rand(*shape, 4, dtype=torch.float64)
+    losses = []
+    for score in (-1.0, 2.0):
+        logits = torch.zeros(*shape, NUM_CLASSES, dtype=torch.float64)
+        logits[0, 0, 1:3] = score  # the empty slots of the first repeat
+        group = Group("dn", Predictions(logits, boxes), targets, noised.assignment, 1.0)
+        losses.append(Criterion()([group._replace(ignored=noised.ignored)])["loss_class_dn"])
+    assert (losses[0] < losses[1]) == background
+    assert (losses[0] == losses[1]) != background
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_indicator_tells_filled_slots(kind):
+    denoising = kind(NUM_CLASSES, 4, num_groups=2, label_noise=0, indicator=True).double()
+    noised = denoising(pack(1, 3))
+    assert denoising.label_embed.weight.shape == (NUM_CLASSES, 3)
+    assert noised.queries.content.shape == (2, count(noised), 4)
+    filled = torch.tensor([[1.0, 0, 0], [1, 1, 1]]).repeat(1, count(noised) // 3)
+    assert torch.equal(noised.queries.content[..., 3], filled.double())
+    assert denoising(pack(0, 0)).queries.content.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", [{"num_queries": 200}, {"num_groups": 5}])
 def test_without_objects_there_are_no_queries_but_a_gradient(kind, how):
     denoising = make(kind, **how)
@@ -192,15 +230,20 @@ def test_corners_of_negatives_move_by_half_to_a_whole_side(box_noise):
     assert moved.max() > 0.98 * box_noise
 
 
-def test_dn_moves_centres_by_up_to_half_a_side_and_scales_sides():
+@pytest.mark.parametrize(
+    ("box_noise", "centre", "size"),
+    [(0.4, 0.2, 0.4), ((0.4, 0.4), 0.2, 0.4), ([0.8, 0], 0.4, 0), ((0, 0.3), 0, 0.3)],
+    ids=str,
+)
+def test_dn_moves_centres_by_up_to_half_a_side_and_scales_sides(box_noise, centre, size):
     boxes = torch.tensor([[[[0.5, 0.4, 0.1, 0.2]]]], dtype=torch.float64).repeat(1, 1, 300, 1)
-    denoising = make(Denoising, num_groups=1, box_noise=0.4)
+    denoising = make(Denoising, num_groups=1, box_noise=box_noise)
     moved = denoising.noise_boxes(boxes, denoising.draw(1, 2, 300, boxes)) - boxes
     moved = (moved / boxes[..., [2, 3, 2, 3]]).flatten(0, 2)
-    bound = torch.tensor([0.2, 0.2, 0.4, 0.4], dtype=torch.float64)
+    bound = torch.tensor([centre, centre, size, size], dtype=torch.float64)
     assert (moved.abs() <= bound + 1e-12).all()
-    assert (moved.amax(0) > 0.95 * bound).all()
-    assert (moved.amin(0) < -0.95 * bound).all()
+    assert (moved.amax(0) >= 0.95 * bound).all()
+    assert (moved.amin(0) <= -0.95 * bound).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -50,4 +50,15 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=4,
 )
 
+# The test images with their objects, for the instability of the matching.
+dataloader.matching = L(build_detection_test_loader)(
+    dataset="${..test.dataset}",
+    mapper=L(DatasetMapper)(
+        is_train=True,
+        augmentations="${...test.mapper.augmentations}",
+        image_format="${...train.mapper.image_format}",
+    ),
+    num_workers="${..test.num_workers}",
+)
+
 dataloader.evaluator = L(coco_evaluator)(dataset_name="${..test.dataset.names}")

@@ -1,0 +1,9 @@
+"""DN-DETR, ResNet-50-DC5, 3 patterns, 12 epochs."""
+
+from ....configs.common.coco_12ep import dataloader, lr_multiplier, optimizer, train
+from ....configs.common.models.dino_r50 import IMAGENET
+from ....configs.common.models.dn_detr import dc5_r50 as model
+
+model.detector.num_patterns = 3
+train.init_backbone = IMAGENET
+train.output_dir = "./output/dn_detr_dc5_r50_3patterns_12ep"

@@ -1,0 +1,20 @@
+"""A small DN-DETR on the generated shapes data set; minutes on a CPU."""
+
+from detectron2.config import LazyCall as L
+
+from dino_d2.backbones import TimmBackbone
+from dino_d2.d2 import DNDETR
+from dino_d2.losses import Criterion
+from dino_d2.models import build_dn_detr, small
+
+from ....configs.common.shapes_training import dataloader, lr_multiplier, optimizer, train
+
+model = L(DNDETR)(
+    detector=L(build_dn_detr)(
+        backbone=L(TimmBackbone)(**small.SMALL_BACKBONE),
+        num_classes=3,
+        criterion=L(Criterion)(**small.SMALL_CRITERION),
+        **small.SMALL_DENSE,
+    )
+)
+train.output_dir = "./output/dn_detr_shapes"

@@ -1,0 +1,122 @@
+"""The instability of the matching, measured while a model trains."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2_inputs import make_input, tiny_model
+from shapes_run import make_config, make_data
+
+pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture
+def matchings(monkeypatch):
+    """What every model's matching found, in turn."""
+    from dino_d2.d2 import DetrMetaArch
+
+    found, match = [], DetrMetaArch.match
+
+    def record(model, batch):
+        assert not model.training
+        found.append(match(model, batch))
+        return found[-1]
+
+    monkeypatch.setattr(DetrMetaArch, "match", record)
+    return found
+
+
+def test_a_run_logs_the_instability(tmp_path, matchings):
+    """Of three steps, on four images, the first of them without objects."""
+    from dino_d2.d2 import train
+
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    cfg = make_config(out, data, 3, "train.instability_period=1", "optimizer.lr=0.01")
+    del cfg.dataloader.evaluator
+    train(cfg)
+    assert len(matchings) == 3 * 4
+    assert (matchings[0] == -1).all()
+    lines = (out / "metrics.json").read_text().splitlines()
+    logged = {
+        x["iteration"]: x["instability"] for x in map(json.loads, lines) if "instability" in x
+    }
+    by_hand = {}
+    for step in (1, 2):
+        before, after = matchings[4 * step - 4 : 4 * step], matchings[4 * step : 4 * step + 4]
+        changed = sum((a != b).sum() for a, b in zip(before, after, strict=True))
+        by_hand[step] = changed / 4
+    assert logged == pytest.approx(by_hand)
+    assert max(by_hand.values()) > 0
+
+
+def make_hook(period, loader, max_iter=100):
+    from detectron2.utils.events import EventStorage
+
+    from dino_d2.d2.hooks import InstabilityHook
+
+    hook = InstabilityHook(period, SimpleNamespace(module=tiny_model()), loader)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=max_iter, storage=EventStorage())
+    return hook
+
+
+def after_step(hook, iteration):
+    hook.trainer.iter = hook.trainer.storage.iter = iteration
+    hook.after_step()
+    return hook.trainer.storage.latest().get("instability")
+
+
+@pytest.mark.parametrize(
+    ("period", "expected"), [(3, [2, 5, 6]), (1, list(range(7))), (7, [6]), (0, [6])]
+)
+def test_it_runs_every_period_and_at_the_end(period, expected, matchings):
+    hook = make_hook(period, [[make_input()]], max_iter=7)
+    measured = []
+    for iteration in range(7):
+        count = len(matchings)
+        after_step(hook, iteration)
+        measured += [iteration] * (len(matchings) - count)
+    assert measured == expected
+
+
+def test_the_model_goes_on_training_as_it_was():
+    hook = make_hook(1, [[make_input()]])
+    before = {name: tensor.clone() for name, tensor in hook.model.state_dict().items()}
+    after_step(hook, 0)
+    assert all(module.training for module in hook.model.modules())
+    assert all(parameter.grad is None for parameter in hook.model.parameters())
+    torch.testing.assert_close(dict(hook.model.state_dict()), before, rtol=0, atol=0)
+    hook.model.eval()
+    after_step(hook, 1)
+    assert not any(module.training for module in hook.model.modules())
+
+
+def test_images_count_the_same_whatever_their_batch(monkeypatch):
+    """Nothing is logged the first time. Then one of three images has two changes."""
+    hook = make_hook(1, [0, 1])
+    found = [np.array([[0, -1, 1]]), np.array([[0, 1, -1]] * 2)]
+    monkeypatch.setattr(hook.model, "match", lambda batch: found[batch])
+    assert after_step(hook, 0) is None
+    assert after_step(hook, 1) == (0, 1)
+    found[0] = np.array([[1, -1, 0]])
+    assert after_step(hook, 2) == (pytest.approx(2 / 3), 2)
+
+
+def test_a_process_without_images_takes_part(monkeypatch):
+    """Or the others would wait for it forever."""
+    from dino_d2.d2 import hooks
+
+    hook = make_hook(1, [])
+    monkeypatch.setattr(hooks.comm, "all_gather", lambda found: [found, [(2.0, 3), (4.0, 1)]])
+    after_step(hook, 0)
+    assert after_step(hook, 1) == (2.5, 1)
+
+
+def test_matching_of_detectron2s_inputs():
+    inputs = [make_input(boxes=((8, 8, 40, 32), (50, 8, 60, 32))), make_input(48, 80, boxes=())]
+    model = tiny_model().eval()
+    matched = model.match(inputs)
+    assert matched.shape == (2, 12)
+    assert sorted(matched[0]) == [-1] * 10 + [0, 1]
+    assert (matched[1] == -1).all()
