@@ -25,6 +25,18 @@ def inverse_sigmoid(probability: Tensor, eps: float = 1e-3) -> Tensor:
     return (probability.clamp(min=eps) / (1 - probability).clamp(min=eps)).log()
 
 
+def iou(boxes_a: Tensor, boxes_b: Tensor, eps: float = 1e-6) -> Tensor:
+    """Intersection over union in [0, 1].
+
+    Args:
+        boxes_a, boxes_b: cxcywh, of shapes that broadcast to (..., 4).
+        eps: the union is at least that. Co-DETR's value counts: relative boxes of less than a
+            millionth of the image get less than their IoU.
+    """
+    intersection, union, _ = _areas(boxes_a, boxes_b)
+    return intersection / union.clamp(min=eps)
+
+
 def generalized_iou(boxes_a: Tensor, boxes_b: Tensor, eps: float = 1e-6) -> Tensor:
     """Generalised IoU (Rezatofighi et al., CVPR 2019, algorithm 1) in (-1, 1].
 
@@ -33,6 +45,12 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor, eps: float = 1e-6) -> Tens
         eps: added to both denominators. DINO's value counts: of boxes a thousandth of the image
             wide it takes several percent off the IoU. Keep it to reproduce published results.
     """
+    intersection, union, enclosing = _areas(boxes_a, boxes_b)
+    return intersection / (union + eps) - (enclosing - union) / (enclosing + eps)
+
+
+def _areas(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Areas of the intersection, of the union, and of the box around both."""
     a, b = cxcywh_to_xyxy(boxes_a), cxcywh_to_xyxy(boxes_b)
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(
         min=0
@@ -42,4 +60,4 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor, eps: float = 1e-6) -> Tens
     )
     intersection, enclosing = overlap.prod(-1), hull.prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
-    return intersection / (union + eps) - (enclosing - union) / (enclosing + eps)
+    return intersection, union, enclosing

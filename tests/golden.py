@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent / "golden"
 JOINED = {LABELS_AND_CONTENT: ("denoising.label_embed.weight", "query_source.content")}
 
 
-def draw(name, shape, mean=0.0, std=1.0, kind="normal"):
+def draw(name, shape, mean=0.0, std=1.0, kind="normal", dtype=None):
     """A parameter's values, from its official name alone."""
     if kind == "const":
-        return np.full(shape, mean)
+        return np.full(shape, mean, dtype)
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     value = mean + std * noise
     return np.abs(value) if kind == "abs" else value
@@ -31,7 +31,7 @@ def draw(name, shape, mean=0.0, std=1.0, kind="normal"):
 def official_state(case: str) -> dict[str, torch.Tensor]:
     """A state dict with the names and shapes of the published checkpoint."""
     spec = json.loads((ROOT / case / "spec.json").read_text())
-    state = {name: torch.from_numpy(draw(name, **how)) for name, how in spec["parameters"].items()}
+    state = {name: torch.as_tensor(draw(name, **how)) for name, how in spec["parameters"].items()}
     state.update({alias: state[name] for alias, name in spec["aliases"].items()})
     return state
 

@@ -12,14 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Every module or package right under dino_d2, in the order of the layers, with its third parties.
-BASE = {name: {"torch"} for name in ("ops", "types", "box_ops", "errors", "transfer")}
+BASE = {name: {"torch"} for name in ("ops", "types", "box_ops", "errors", "processes", "transfer")}
 LAYERS = {"layers": {"torch"}}
 STAGES = {
     "transformer": {"torch"},
     "heads": {"torch"},
     "losses": {"torch", "numpy", "scipy"},
     "co_heads": {"torch", "torchvision"},
-    "postprocess": {"torch"},
+    "postprocess": {"torch", "torchvision"},
     "preprocess": {"torch"},
     "backbones": {"torch", "torchvision", "timm"},
 }

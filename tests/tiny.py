@@ -57,7 +57,10 @@ class StubBackbone(nn.Module):
         self.coarse = nn.Conv2d(8, 12, 2, 2)
 
     def output_shape(self):
-        return {"fine": SimpleNamespace(channels=8), "coarse": SimpleNamespace(channels=12)}
+        return {
+            "fine": SimpleNamespace(channels=8, stride=8),
+            "coarse": SimpleNamespace(channels=12, stride=16),
+        }
 
     def forward(self, images):
         fine = self.fine(images)

@@ -11,6 +11,7 @@ from .io import CheckpointError
 from .load import check_names, translate_backbone
 from .names import (
     detrex,
+    official_co_detr,
     official_dab,
     official_deformable_detr,
     official_dino,
@@ -42,6 +43,7 @@ DETREX_SETTINGS: dict[str, dict[str, object]] = {
 }
 
 SOURCES = {
+    "co-detr": official_co_detr,
     "dino": official_dino,
     "dn-detr": official_dab,
     "dab-detr": official_dab,
@@ -55,17 +57,19 @@ def convert(
     source: str,
     num_classes: int | None = None,
     wanted: Mapping[str, Tensor] | None = None,
+    co_heads: bool = True,
 ) -> dict[str, Tensor]:
     """Rename the weights of another repository's detector.
 
     Args:
         weights: by their official names, as published.
         source: where they come from: "dino", "dn-detr" or "dab-detr" (IDEA-Research),
-            "deformable-detr" (fundamentalvision), or "detrex".
+            "deformable-detr" (fundamentalvision), "co-detr" (Sense-X), or "detrex".
         num_classes: 80 picks Detectron2's contiguous COCO classes out of a head for the 91 COCO
             ids. By default the head stays as it is.
         wanted: state dict of the model that the result is for. Backbone names follow it, and every
             name and shape is checked. By default backbones are named as in the shipped configs.
+        co_heads: False leaves out Co-DETR's auxiliary heads, which only training needs.
 
     Raises:
         CheckpointError: a name is unknown, weights that must be equal differ, or the result does
@@ -83,6 +87,8 @@ def convert(
             raise CheckpointError(f"{name!r} should equal another copy of {target!r}, but does not")
         result[target] = tensor
     result = split(result)
+    if not co_heads:
+        result = {name: t for name, t in result.items() if not name.startswith("co_heads.")}
     result = _merge_shared_heads(result) if source != "detrex" else result
     result = _fit_classes(result, num_classes)
     result = _drop_unused_norm(result)
@@ -109,7 +115,7 @@ def _merge_shared_heads(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fit_classes(weights: dict[str, Tensor], num_classes: int | None) -> dict[str, Tensor]:
     """Cut the unused rows of label embeddings, and pick COCO classes if asked to."""
-    heads = [name for name in weights if "class_head" in name]
+    heads = [name for name in weights if "class_head" in name and not name.startswith("co_heads.")]
     if not heads:
         raise CheckpointError("there is no class head, so this is no detector of the family")
     embedding = "denoising.label_embed.weight"

@@ -106,6 +106,7 @@ _LABELS: Table = [("label_enc.weight", "denoising.label_embed.weight")]
 # These hold two weights of ours; `split` takes them apart.
 LABELS_AND_CONTENT = "denoising.labels_and_content"
 POSITIONS_AND_CONTENT = "query_source.positions_and_content"
+HEAD_EMBEDS = "co_heads.queries.{}.head_embed"  # a row for each head, whose names "+" joins
 
 _PLACED_QUERIES: Table = [
     ("query_embed.weight", POSITIONS_AND_CONTENT),
@@ -165,6 +166,10 @@ def split(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if POSITIONS_AND_CONTENT in result:
         halves = result.pop(POSITIONS_AND_CONTENT).chunk(2, 1)
         result["query_source.positions"], result["query_source.content"] = halves
+    for name in [name for name in result if "+" in name]:
+        prefix, heads, suffix = name.rsplit(".", 2)
+        rows = result.pop(name)
+        result.update({f"{prefix}.{h}.{suffix}": rows[i] for i, h in enumerate(heads.split("+"))})
     return result
 
 
@@ -267,6 +272,90 @@ def detrex_plain_deformable(names: Iterable[str]) -> Table:
         heads.append((f"class_embed.{i}.*", "heads.class_heads.0.*"))
         heads.append((f"bbox_embed.{i}.*", "heads.box_heads.0.*"))
     return [*heads, *detrex_deformable(names)]
+
+
+_CO_DETR_TRANSFORMER: Table = [
+    (f"query_head.{theirs}", ours)
+    for theirs, ours in (*_DETREX_DEFORMABLE, *_PLACED_QUERIES)
+    if theirs.startswith("transformer.")
+]
+_CO_HEADS: Table = [
+    (theirs, f"co_heads.heads.{ours}")
+    for theirs, ours in (
+        ("rpn_head.rpn_conv.*", "faster_rcnn.proposals.conv.*"),
+        ("rpn_head.rpn_cls.*", "faster_rcnn.proposals.class_head.*"),
+        ("rpn_head.rpn_reg.*", "faster_rcnn.proposals.box_head.*"),
+        ("roi_head.0.bbox_head.shared_convs.#.conv.*", "faster_rcnn.convs.#.0.*"),
+        ("roi_head.0.bbox_head.shared_convs.#.gn.*", "faster_rcnn.convs.#.1.*"),
+        ("roi_head.0.bbox_head.shared_fcs.#.*", "faster_rcnn.fcs.#.*"),
+        ("roi_head.0.bbox_head.fc_cls.*", "faster_rcnn.class_head.*"),
+        ("roi_head.0.bbox_head.fc_reg.*", "faster_rcnn.box_head.*"),
+        ("bbox_head.0.cls_convs.#.conv.*", "atss.towers.class_tower.#.0.*"),
+        ("bbox_head.0.cls_convs.#.gn.*", "atss.towers.class_tower.#.1.*"),
+        ("bbox_head.0.reg_convs.#.conv.*", "atss.towers.box_tower.#.0.*"),
+        ("bbox_head.0.reg_convs.#.gn.*", "atss.towers.box_tower.#.1.*"),
+        ("bbox_head.0.atss_cls.*", "atss.towers.class_head.*"),
+        ("bbox_head.0.atss_reg.*", "atss.towers.box_head.*"),
+        ("bbox_head.0.atss_centerness.*", "atss.towers.centerness_head.*"),
+        ("bbox_head.0.scales.#.scale", "atss.towers.scales.#"),
+    )
+]
+
+
+def official_co_detr(names: Iterable[str]) -> Table:
+    """Sense-X/Co-DETR, both its detectors; the decoder is named as detrex's"""
+    names = set(names)
+    heads = [
+        head
+        for sign, head in (("roi_head.0.", "faster_rcnn"), ("bbox_head.0.", "atss"))
+        if any(name.startswith(sign) for name in names)
+    ]
+    number = _count("query_head.cls_branches.#.weight", names) - 1
+    levels = _count("neck.convs.#.conv.weight", names)
+    return [
+        ("backbone.*", "backbone.*"),
+        ("neck.convs.#.conv.*", "neck.projections.#.0.*"),
+        ("neck.convs.#.gn.*", "neck.projections.#.1.*"),
+        *(
+            (f"neck.extra_convs.{i}.{theirs}.*", f"neck.projections.{levels + i}.{ours}.*")
+            for i in range(_count("neck.extra_convs.#.conv.weight", names))
+            for theirs, ours in (("conv", 0), ("gn", 1))
+        ),
+        *_mlp("query_head.transformer.decoder.ref_point_head", "decoder.placement.mlp", 2),
+        *_CO_DETR_TRANSFORMER,
+        ("query_head.transformer.query_embed.weight", "query_source.content"),
+        ("query_head.query_embedding.weight", "query_source.content"),
+        ("query_head.label_embedding.weight", "denoising.label_embed.weight"),
+        (f"query_head.cls_branches.{number}.*", "query_source.class_head.*"),
+        *_mlp(f"query_head.reg_branches.{number}", "query_source.box_head", 3),
+        ("query_head.cls_branches.#.*", "heads.class_heads.#.*"),
+        *_mlp("query_head.reg_branches.#", "heads.box_heads.#", 3),
+        ("query_head.downsample.#.*", "co_heads.pyramid.coarser.0.#.*"),
+        *_positive_queries(heads),
+        *_CO_HEADS,
+    ]
+
+
+def _positive_queries(heads: list[str]) -> Table:
+    """The layers that encode each head's queries, which have its number."""
+    return [
+        ("query_head.transformer.head_pos_embed.weight", HEAD_EMBEDS.format("+".join(heads))),
+        *(
+            (f"query_head.transformer.{theirs}.{i}.*", f"co_heads.queries.{head}.{ours}.*")
+            for i, head in enumerate(heads)
+            for theirs, ours in (
+                ("aux_pos_trans", "from_box"),
+                ("aux_pos_trans_norm", "from_box_norm"),
+                ("pos_feats_trans", "from_feature"),
+                ("pos_feats_norm", "from_feature_norm"),
+            )
+        ),
+    ]
+
+
+def _mlp(theirs: str, ours: str, num_layers: int) -> Table:
+    """Linear layers in a sequence with activations between them."""
+    return [(f"{theirs}.{2 * i}.*", f"{ours}.layers.{i}.*") for i in range(num_layers)]
 
 
 _SIZE = "transformer.decoder.ref_anchor_head.layers.0.weight"

@@ -14,6 +14,18 @@ _DENSE = {**_COMMON, "IN_FEATURES": ["res5"], "NUM_LEVELS": 1, "NUM_PATTERNS": 0
 _DEFORMABLE = {**_COMMON, "IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS": 4}
 _YACS = {
     "DINO": {**_DEFORMABLE, "NUM_QUERIES": 900, "DENOISING": "cdn", "DENOISING_QUERIES": 200},
+    "CO_DETR": {  # SOFT_NMS is its threshold, 0 for none
+        "BASE": "dino",
+        "CO_HEADS": ["faster_rcnn", "atss"],
+        "NUM_CLASSES": 80,
+        "NUM_QUERIES": 900,
+        "NUM_DETECTIONS": 300,
+        "IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        "NUM_LEVELS": 5,
+        "ENCODER_LAYERS": 6,
+        "DECODER_LAYERS": 6,
+        "SOFT_NMS": 0.8,
+    },
     "DN_DETR": {**_DENSE, "DEFORMABLE": False, "DENOISING_GROUPS": 5},
     "DAB_DETR": _DENSE,
     "DAB_DEFORMABLE_DETR": {**_DEFORMABLE, "NUM_DETECTIONS": 100},

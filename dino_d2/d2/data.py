@@ -1,11 +1,12 @@
 """Data sets for Detectron2's loaders: registered names, or any COCO-format json."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 
 
 def register_if_file(name: str) -> str:
@@ -44,9 +45,13 @@ def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> lis
 
 
 def coco_evaluator(
-    dataset_name: str | Sequence[str], output_dir: str | None = None
-) -> COCOEvaluator:
+    dataset_name: str | Sequence[str], output_dir: str | None = None, unsuppressed: bool = False
+) -> DatasetEvaluator:
     """Detectron2's COCOEvaluator for boxes on a data set as `register_if_file` takes it.
+
+    Args:
+        unsuppressed: also evaluate the detections before the suppression of duplicates, as
+            "bbox_unsuppressed".
 
     Raises:
         ValueError: several data sets; they cannot be evaluated as one.
@@ -55,7 +60,37 @@ def coco_evaluator(
         if len(dataset_name) != 1:
             raise ValueError(f"evaluate one data set at a time, not {list(dataset_name)}")
         (dataset_name,) = dataset_name
-    return COCOEvaluator(register_if_file(dataset_name), ("bbox",), output_dir=output_dir)
+    name = register_if_file(dataset_name)
+    evaluator = COCOEvaluator(name, ("bbox",), output_dir=output_dir)
+    if not unsuppressed:
+        return evaluator
+    other_dir = output_dir and os.path.join(output_dir, "unsuppressed")
+    other = COCOEvaluator(name, ("bbox",), output_dir=other_dir)
+    return DatasetEvaluators([evaluator, UnsuppressedEvaluator(other)])
+
+
+class UnsuppressedEvaluator(DatasetEvaluator):
+    """Another evaluator's results for the detections before suppression.
+
+    Raises:
+        KeyError: the model has no suppression.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator):
+        self.evaluator = evaluator
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self.evaluator.reset()
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Pass on what was there before suppression."""
+        self.evaluator.process(inputs, [{"instances": o["unsuppressed"]} for o in outputs])
+
+    def evaluate(self) -> dict | None:
+        """The results, by other names."""
+        results = self.evaluator.evaluate()
+        return results and {f"{task}_unsuppressed": found for task, found in results.items()}
 
 
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:

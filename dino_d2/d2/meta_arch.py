@@ -16,16 +16,19 @@ from ..diagnostics.instability import matched_objects
 from ..errors import NonFiniteError, TargetError
 from ..models import (
     DETR,
+    build_co_deformable_base,
+    build_co_detr,
+    build_co_dino_base,
     build_dab_deformable_detr,
     build_dab_detr,
     build_deformable_detr,
     build_dino,
     build_dn_detr,
 )
-from ..postprocess import postprocess
+from ..postprocess import Suppression, postprocess
 from ..preprocess import PIXEL_MEAN, PIXEL_STD, make_padding_mask
 from ..transfer import to_device
-from ..types import Target
+from ..types import Detections, Predictions, Target
 
 
 class DetrMetaArch(nn.Module):
@@ -39,6 +42,9 @@ class DetrMetaArch(nn.Module):
         pixel_mean, pixel_std: of images in 0..255, in the channel order of `input_format`.
         input_format: "RGB" or "BGR": how the data mapper reads images.
         num_detections: at most so many per image.
+        suppression: removes duplicates, which these detectors hardly need. Results then also have
+            "unsuppressed" instances, without it.
+        detect_by: a co-head of Co-DETR, whose own detections to return instead; "" for none.
         vis_period: every so many iterations, show ground truth and predictions of one training
             image in the event storage; 0 never.
     """
@@ -52,6 +58,8 @@ class DetrMetaArch(nn.Module):
         pixel_std: Sequence[float] = PIXEL_STD,
         input_format: str = "RGB",
         num_detections: int = 300,
+        suppression: Suppression | None = None,
+        detect_by: str = "",
         vis_period: int = 0,
     ):
         super().__init__()
@@ -60,6 +68,8 @@ class DetrMetaArch(nn.Module):
         self.detector = detector
         self.input_format = input_format
         self.num_detections = num_detections
+        self.suppression = suppression
+        self.detect_by = detect_by
         self.vis_period = vis_period
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -72,6 +82,7 @@ class DetrMetaArch(nn.Module):
         """
         settings = {name.lower(): value for name, value in cfg.MODEL[cls.yacs_name].items()}
         num_detections = settings.pop("num_detections")
+        soft_nms = settings.pop("soft_nms", 0)
         settings = {name: None if value == "" else value for name, value in settings.items()}
         return {
             "detector": cls.build(backbone=build_backbone(cfg), **settings),
@@ -79,6 +90,7 @@ class DetrMetaArch(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "num_detections": num_detections,
+            "suppression": Suppression("soft_nms", soft_nms) if soft_nms else None,
             "vis_period": cfg.VIS_PERIOD,
         }
 
@@ -121,22 +133,42 @@ class DetrMetaArch(nn.Module):
         )
 
     def _detect(self, images: ImageList, mask: Tensor, batched_inputs: list[dict]) -> list[dict]:
-        predictions = self.detector(images.tensor, mask)
-        sizes = to_device(images.image_sizes, torch.float32, self.device)
-        detections = postprocess(predictions, sizes, self.num_detections)
-        good = detections.scores.isfinite().all(1) & detections.boxes.isfinite().flatten(1).all(1)
-        if not good.all():
-            image = int(good.logical_not().nonzero()[0])
-            raise NonFiniteError(image, "the last decoder layer", "class scores or boxes")
+        if self.detect_by:
+            detections = self.detector.detect_by(self.detect_by, images.tensor, mask)
+        else:
+            detections = self._rank(self.detector(images.tensor, mask), images.image_sizes)
         results = []
-        for source, size, scores, labels, boxes in zip(
-            batched_inputs, images.image_sizes, *detections, strict=True
+        for number, (source, size) in enumerate(
+            zip(batched_inputs, images.image_sizes, strict=True)
         ):
-            boxes = Boxes(boxes.clone())  # to be scaled in place
-            found = Instances(size, pred_boxes=boxes, scores=scores, pred_classes=labels)
-            height, width = source.get("height", size[0]), source.get("width", size[1])
-            results.append({"instances": detector_postprocess(found, height, width)})
+            found = detections[number]
+            if not torch.cat([found.scores, found.boxes.flatten()]).isfinite().all():
+                where = self.detect_by or "the last decoder layer"
+                raise NonFiniteError(number, where, "class scores or boxes")
+            kept = {"instances": found}
+            if self.suppression is not None and not self.detect_by:
+                kept = {"instances": self.suppression(found), "unsuppressed": found}
+            results.append({name: self._instances(d, size, source) for name, d in kept.items()})
         return results
+
+    def _rank(
+        self, predictions: Predictions, image_sizes: list[tuple[int, int]]
+    ) -> list[Detections]:
+        """The best of every image; before suppression, as many as there are queries."""
+        count = self.num_detections
+        if self.suppression is not None:
+            count = predictions.boxes.shape[2]
+        sizes = to_device(image_sizes, torch.float32, self.device)
+        detections = postprocess(predictions, sizes, count, clip=True)
+        return [Detections(*of_image) for of_image in zip(*detections, strict=True)]
+
+    def _instances(self, found: Detections, size: tuple[int, int], source: dict) -> Instances:
+        """At the size that the input names."""
+        scores, labels, boxes = (tensor[: self.num_detections] for tensor in found)
+        boxes = Boxes(boxes.clone())  # to be scaled in place
+        instances = Instances(size, pred_boxes=boxes, scores=scores, pred_classes=labels)
+        height, width = source.get("height", size[0]), source.get("width", size[1])
+        return detector_postprocess(instances, height, width)
 
     def match(self, batched_inputs: list[dict]) -> np.ndarray:
         """(B, Q): the object of its image that every query is matched to, or -1."""
@@ -202,6 +234,31 @@ class DeformableDETR(DetrMetaArch):
     """Deformable DETR (ICLR 2021)."""
 
     build, yacs_name = staticmethod(build_deformable_detr), "DEFORMABLE_DETR"
+
+
+def _build_co_detr(
+    backbone: nn.Module,
+    base: str,
+    in_features: Sequence[str],
+    num_classes: int,
+    num_levels: int,
+    num_queries: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    co_heads: Sequence[str],
+) -> DETR:
+    bases = {"dino": build_co_dino_base, "deformable_detr": build_co_deformable_base}
+    if base not in bases:
+        raise ValueError(f"MODEL.CO_DETR.BASE must be in {list(bases)}, not {base!r}")
+    settings = (in_features, num_classes, num_levels, num_queries, encoder_layers, decoder_layers)
+    return build_co_detr(bases[base](backbone, *settings), co_heads)
+
+
+@META_ARCH_REGISTRY.register()
+class CoDETR(DetrMetaArch):
+    """Co-DETR (ICCV 2023)."""
+
+    build, yacs_name = staticmethod(_build_co_detr), "CO_DETR"
 
 
 def _accept_bare_detector(module, state_dict, prefix, *_) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..box_ops import generalized_iou
+from ..box_ops import generalized_iou, iou
 from ..types import Assignment, Predictions, Targets
-from .focal import sigmoid_focal_loss
+from .focal import quality_focal_loss, sigmoid_focal_loss
 
 
 class Group(NamedTuple):
@@ -32,6 +32,9 @@ class Criterion:
 
     All queries that an assignment leaves out are background. Sums are divided by the group's
     normalizer, not by the number of queries (Deformable DETR, official code).
+
+    With `quality`, the score of a class is to be the IoU of the box instead of 1, by the quality
+    focal loss (Co-DETR); gamma is its beta.
     """
 
     def __init__(
@@ -42,9 +45,11 @@ class Criterion:
         alpha: float = 0.25,
         gamma: float = 2.0,
         giou_eps: float = 1e-6,
+        quality: bool = False,
     ):
         self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
         self.alpha, self.gamma, self.giou_eps = alpha, gamma, giou_eps
+        self.quality = quality
 
     def __call__(self, groups: list[Group]) -> dict[str, Tensor]:
         """Weighted scalar losses by name: loss_{class,bbox,giou}[_group][_layer].
@@ -68,13 +73,14 @@ class Criterion:
         layer = torch.arange(len(logits), device=logits.device)[:, None]
         image = group.assignment.image[None]  # (1, M), broadcasts against (N, M) or (1, M)
         query, target = group.assignment.query, group.assignment.target
-        scores = torch.zeros_like(logits)
-        scores[layer, image, query, targets.labels[target]] = 1
-        focal = sigmoid_focal_loss(logits, scores, self.alpha, self.gamma)
-        if group.ignored is not None:
-            focal = focal.masked_fill(group.ignored[:, :, None], 0)
         predicted = boxes[layer, image, query]  # (N, M, 4)
         wanted = targets.boxes[target].expand_as(predicted)
+        scores = torch.zeros_like(logits)
+        quality = iou(predicted.detach(), wanted) if self.quality else 1.0
+        scores[layer, image, query, targets.labels[target]] = quality
+        focal = self._focal(logits, scores)
+        if group.ignored is not None:
+            focal = focal.masked_fill(group.ignored[:, :, None], 0)
         distance = functional.l1_loss(predicted, wanted, reduction="none")
         overlap = generalized_iou(predicted, wanted, self.giou_eps)
         return {
@@ -82,3 +88,8 @@ class Criterion:
             "bbox": self.box_weight * distance.flatten(1).sum(1) / group.normalizer,
             "giou": self.giou_weight * (1 - overlap).sum(1) / group.normalizer,
         }
+
+    def _focal(self, logits: Tensor, scores: Tensor) -> Tensor:
+        if self.quality:
+            return quality_focal_loss(logits, scores, self.gamma)
+        return sigmoid_focal_loss(logits, scores, self.alpha, self.gamma)

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from ..co_heads import CoHeads, Collaboration
 from ..losses import Criterion, Group, HungarianMatcher, pack_targets
+from ..processes import average_count
+from ..transformer.decoder import decode_apart
 from ..transformer.denoising import NoisedQueries
-from ..types import Assignment, Predictions, Queries, Target, Targets
+from ..types import Assignment, Detections, Memory, Predictions, Queries, Target, Targets
 
 
 class DETR(nn.Module):
@@ -28,6 +31,7 @@ class DETR(nn.Module):
         denoising: nn.Module | None,
         matcher: HungarianMatcher,
         criterion: Criterion,
+        co_heads: CoHeads | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -39,6 +43,7 @@ class DETR(nn.Module):
         self.denoising = denoising
         self.matcher = matcher
         self.criterion = criterion
+        self.co_heads = co_heads
         self.num_classes = heads.num_classes
 
     def forward(
@@ -49,7 +54,8 @@ class DETR(nn.Module):
         Args:
             images: (B, 3, H, W), normalised.
             padding_mask: (B, H, W), True on padding.
-            targets: one per image, on the CPU. Denoising takes part in training mode only.
+            targets: one per image, on the CPU. Denoising and co-heads take part in training mode
+                only.
 
         Returns:
             Predictions of every decoder layer, or weighted scalar losses by name.
@@ -57,8 +63,7 @@ class DETR(nn.Module):
         Raises:
             TargetError, NonFiniteError: see `pack_targets` and `HungarianMatcher`.
         """
-        pyramid = self.neck(self.backbone(images), padding_mask)
-        memory = self.encoder(pyramid)
+        memory = self._encode(images, padding_mask)
         queries, proposals = self.query_source(memory)
         if targets is None:
             return self.decoder(queries, memory, self.heads)
@@ -71,8 +76,34 @@ class DETR(nn.Module):
             noised = self.denoising(packed)
             attn_mask = noised.attn_mask(queries.anchors.shape[1])
             queries = Queries(*map(_prepend, noised.queries[:2], queries[:2]))
-        predictions = self.decoder(queries, memory, self.heads, attn_mask)
-        return self._losses(predictions, proposals, noised, packed)
+        if not self.training or self.co_heads is None:
+            predictions = self.decoder(queries, memory, self.heads, attn_mask)
+            return self._losses(predictions, proposals, noised, packed)
+        helped = self.co_heads(memory, padding_mask, packed)
+        parts = [(queries, attn_mask)]
+        parts += [(known.queries, known.attn_mask()) for known in helped.queries.values()]
+        if self.co_heads.one_pass:
+            predictions, *of_heads = decode_apart(self.decoder, parts, memory, self.heads)
+        else:
+            predictions, *of_heads = (
+                self.decoder(part, memory, self.heads, mask) for part, mask in parts
+            )
+        losses = self._losses(predictions, proposals, noised, packed, helped, of_heads)
+        return {**losses, **helped.losses}
+
+    def _encode(self, images: Tensor, padding_mask: Tensor) -> Memory:
+        return self.encoder(self.neck(self.backbone(images), padding_mask))
+
+    def detect_by(self, head: str, images: Tensor, padding_mask: Tensor) -> list[Detections]:
+        """The own detections of a co-head, for every image: scores (k,), labels (k,) and boxes
+        (k, 4) in pixels. Arguments are those of `forward`.
+
+        Raises:
+            ValueError: there is no such head.
+        """
+        if self.co_heads is None:
+            raise ValueError(f"no co-head {head!r}: this detector has none")
+        return self.co_heads.detect(head, self._encode(images, padding_mask), padding_mask)
 
     @torch.no_grad()
     def match(
@@ -93,6 +124,8 @@ class DETR(nn.Module):
         proposals: Predictions | None,
         noised: NoisedQueries | None,
         targets: Targets,
+        helped: Collaboration | None = None,
+        of_heads: Sequence[Predictions] = (),
     ) -> dict[str, Tensor]:
         """Make a group of everything supervised and hand all to the criterion."""
         with torch.autocast(targets.boxes.device.type, enabled=False):
@@ -104,8 +137,9 @@ class DETR(nn.Module):
                 if self.query_source.class_agnostic:
                     known = targets._replace(labels=torch.zeros_like(targets.labels))
                 matched["encoder proposals"] = (proposals, known)
-            assignments = self.matcher(matched, {"denoising": denoised})
-            num_objects = average_count(targets)
+            helpers = dict(zip(helped.queries if helped else (), of_heads, strict=True))
+            assignments = self.matcher(matched, {"denoising": denoised, **helpers})
+            num_objects = average_count(len(targets.labels), targets.boxes)
             groups = [
                 Group("" if name == "decoder" else "enc", *group, assignments[name], num_objects)
                 for name, group in matched.items()
@@ -114,6 +148,12 @@ class DETR(nn.Module):
                 normalizer = num_objects * noised.num_groups
                 dn = Group("dn", denoised, targets, noised.assignment, normalizer)
                 groups.append(dn._replace(ignored=noised.ignored))
+            for name, of_head in helpers.items():
+                assignment = helped.queries[name].assignment
+                normalizer = average_count(len(assignment.image), targets.boxes)
+                group = Group(f"{name}_queries", of_head, targets, assignment, normalizer)
+                ignored, weight = helped.queries[name].padding, self.co_heads.query_weight
+                groups.append(group._replace(ignored=ignored, weight=weight))
             return self.criterion(groups)
 
 
@@ -135,16 +175,3 @@ def feature_channels(backbone: nn.Module, in_features: Sequence[str]) -> list[in
 
 def _prepend(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first.to(second.dtype), second], 1)
-
-
-def average_count(targets: Targets) -> Tensor | float:
-    """Objects per process, averaged over the processes, at least 1: what losses are divided by.
-
-    Without distributed training it is known to the host; otherwise it stays on the device.
-    """
-    count = len(targets.labels)
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return float(max(count, 1))
-    total = torch.full((), count, dtype=targets.boxes.dtype, device=targets.boxes.device)
-    distributed.all_reduce(total)
-    return (total / distributed.get_world_size()).clamp(min=1)

@@ -1,5 +1,7 @@
 """The decoder: queries refine their boxes layer by layer (Deformable DETR, A.4; DINO, sec. 3)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +96,42 @@ class Decoder(nn.Module):
                 attached = heads.refine(index, content, reference)
                 reference = attached.detach()
         return Predictions(torch.stack(logits), torch.stack(boxes))
+
+
+def decode_apart(
+    decoder: Decoder,
+    parts: Sequence[tuple[Queries, Tensor | None]],
+    memory: Memory,
+    heads: nn.Module,
+) -> list[Predictions]:
+    """Decode several sets of queries in one pass, none of which sees another.
+
+    Args:
+        parts: queries and their attn_mask ([B,] Q, Q), or None.
+
+    Returns:
+        the predictions of every part.
+    """
+    fields = zip(*(queries for queries, _ in parts), strict=True)
+    joined = Queries(*(None if None in field else torch.cat(field, 1) for field in fields))
+    sizes = [queries.anchors.shape[1] for queries, _ in parts]
+    mask = _block_mask(sizes, [mask for _, mask in parts], joined.anchors)
+    predictions = decoder(joined, memory, heads, mask)
+    split = (tensor.split(sizes, 2) for tensor in predictions)
+    return [Predictions(*of_part) for of_part in zip(*split, strict=True)]
+
+
+def _block_mask(sizes: Sequence[int], masks: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """([B,] Q, Q): the parts' own masks as blocks, True elsewhere; like: (B, Q, ...)."""
+    batched = any(mask is not None and mask.dim() == 3 for mask in masks)
+    batch = like.shape[:1] if batched else ()
+    joined = torch.ones(*batch, sum(sizes), sum(sizes), dtype=torch.bool, device=like.device)
+    start = 0
+    for size, mask in zip(sizes, masks, strict=True):
+        block = slice(start, start + size)
+        joined[..., block, block] = False if mask is None else mask
+        start += size
+    return joined
 
 
 class BoxPositions(nn.Module):

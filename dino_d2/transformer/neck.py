@@ -13,7 +13,8 @@ class Neck(nn.Module):
 
     Each feature goes through a 1x1 convolution and GroupNorm. Every level beyond them halves the
     resolution with a 3x3 convolution: the first of the last feature itself, further ones of the
-    level before. With `norm=False` (DAB-DETR) there is no GroupNorm.
+    level before. With `norm=False` (DAB-DETR) there is no GroupNorm, with
+    `bias=False` (Co-DETR) no bias in the convolutions.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class Neck(nn.Module):
         num_levels: int,
         position_encoding: nn.Module,
         norm: bool = True,
+        bias: bool = True,
     ):
         super().__init__()
         if num_levels < len(in_features):
@@ -33,17 +35,18 @@ class Neck(nn.Module):
         extra = num_levels - len(in_features)
         extra_channels = [in_channels[-1], *[embed_dim] * extra][:extra]
         self.projections = nn.ModuleList(
-            [self._project(channels, embed_dim, 1, 1, norm) for channels in in_channels]
-            + [self._project(channels, embed_dim, 3, 2, norm) for channels in extra_channels]
+            [self._project(channels, embed_dim, 1, 1, norm, bias) for channels in in_channels]
+            + [self._project(channels, embed_dim, 3, 2, norm, bias) for channels in extra_channels]
         )
 
     @staticmethod
     def _project(
-        in_channels: int, out_channels: int, kernel: int, stride: int, norm: bool
+        in_channels: int, out_channels: int, kernel: int, stride: int, norm: bool, bias: bool
     ) -> nn.Sequential:
-        convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2)
+        convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=bias)
         nn.init.xavier_uniform_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        if bias:
+            nn.init.zeros_(convolution.bias)
         return nn.Sequential(convolution, *([nn.GroupNorm(32, out_channels)] if norm else []))
 
     def forward(self, features: Mapping[str, Tensor], padding_mask: Tensor) -> FeaturePyramid:

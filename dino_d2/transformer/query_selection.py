@@ -72,15 +72,27 @@ class TwoStageQueries(nn.Module):
     """The memory's best tokens give both positions and content of the queries, from their boxes
     alone (two-stage Deformable DETR, A.4).
 
-    The first class head's output says whether there is any object.
+    The first class head's output says whether there is any object. `content="learned"` takes only
+    the positions from the boxes, and starts query i from learned content i (Co-DETR).
     """
 
     class_agnostic = True  # the loss of the proposals calls every object class 0
 
     def __init__(
-        self, num_queries: int, embed_dim: int, class_head: nn.Module, box_head: nn.Module
+        self,
+        num_queries: int,
+        embed_dim: int,
+        class_head: nn.Module,
+        box_head: nn.Module,
+        content: str = "box",
     ):
         super().__init__()
+        if content not in ("box", "learned"):
+            raise ValueError(f"content must be 'box' or 'learned', but is {content!r}")
+        self.content = None
+        if content == "learned":
+            self.content = nn.Parameter(torch.empty(num_queries, embed_dim))
+            nn.init.normal_(self.content)
         self.num_queries = num_queries
         self.project = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
@@ -102,6 +114,8 @@ class TwoStageQueries(nn.Module):
         best = pick(boxes, chosen).detach()
         encoded = encode_boxes(best, tokens.shape[-1] // 2, order=(0, 1, 2, 3))
         positions, content = self.from_box_norm(self.from_box(encoded)).chunk(2, -1)
+        if self.content is not None:
+            content = self.content[: best.shape[1]].expand(best.shape[0], -1, -1)
         return Queries(content, best, positions), Predictions(logits[None], boxes[None])
 
 
