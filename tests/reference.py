@@ -118,3 +118,59 @@ def focal_loss_loop(logits, scores, alpha, gamma):
         p_t, alpha_t = (p, alpha) if scores[index] == 1 else (1 - p, 1 - alpha)
         losses[index] = -alpha_t * (1 - p_t) ** gamma * math.log(p_t)
     return losses
+
+
+def rotary_window_attention_loop(x, block, window):
+    """Attention of an `EVA02Block` on its normalised input, window by window.
+
+    Args:
+        x: (h, w, D) array.
+        block: weights by name, as arrays.
+        window: patches per side, or None for a single one of the whole map.
+    """
+    height, width, channels = x.shape
+    size = (window, window) if window else (height, width)
+    output = np.zeros_like(x)
+    for top in range(0, height, size[0]):
+        for left in range(0, width, size[1]):
+            tokens = np.zeros((*size, channels))
+            inside = x[top : top + size[0], left : left + size[1]]
+            rows, columns = inside.shape[:2]
+            tokens[:rows, :columns] = inside
+            attended = _rotary_attention_loop(tokens, block)
+            output[top : top + rows, left : left + columns] = attended[:rows, :columns]
+    return output
+
+
+def _rotary_attention_loop(x, block, dim=64):
+    """Every token (h, w, D) attends to all, one query of one head of `dim` channels at a time."""
+    size, channels = x.shape[:2], x.shape[2]
+    q, k, v = (
+        x @ block[f"attn.{n}_proj.weight"].T + block.get(f"attn.{n}_proj.bias", 0) for n in "qkv"
+    )
+    mixed = np.zeros_like(x)
+    for start in range(0, channels, dim):
+        head = slice(start, start + dim)
+        for place in np.ndindex(size):
+            query = _turn(q[place][head], place, size)
+            scores = np.zeros(size)
+            for other in np.ndindex(size):
+                scores[other] = query @ _turn(k[other][head], other, size) / math.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            mixed[place][head] = np.einsum("hw,hwd->d", weights / weights.sum(), v[..., head])
+    return mixed @ block["attn.proj.weight"].T + block["attn.proj.bias"]
+
+
+def _turn(vector, place, size):
+    """Pairs of channels turned by angles: the first half by the row, the second by the column."""
+    result = vector.copy()
+    half = len(vector) // 2
+    for axis in (0, 1):
+        position = place[axis] / size[axis] * 16
+        for pair in range(half // 2):
+            angle = position / 10000 ** (2 * pair / half)
+            i = axis * half + 2 * pair
+            a, b = vector[i], vector[i + 1]
+            result[i] = a * math.cos(angle) - b * math.sin(angle)
+            result[i + 1] = b * math.cos(angle) + a * math.sin(angle)
+    return result

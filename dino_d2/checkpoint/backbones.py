@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from .io import CheckpointError
-from .names import Table, rename
+from .names import EVA02_BLOCKS, Table, rename
 
 # Kept under their own names: Detectron2's ResNet, ViT and Swin (the latter are also those of the
 # Swin authors), timm's ConvNeXt.
@@ -70,6 +70,12 @@ def _convnext_timm() -> Table:
     return [*table, ("head.*", None)]
 
 
+def _eva02() -> Table:
+    """EVA-02's authors -> ours; timm's names go by the next table"""
+    heads = ("cls_token", "norm.*", "fc_norm.*", "head.*", "rope.*")
+    return [*EVA02_BLOCKS, *((name, None) for name in heads)]
+
+
 def _vit() -> Table:
     """MAE and timm -> Detectron2's ViT inside SimpleFeaturePyramid"""
     table: Table = [("pos_embed", "net.pos_embed"), ("patch_embed.*", "net.patch_embed.*")]
@@ -84,6 +90,7 @@ _TABLES = (
     _swin(),
     _convnext(),
     _convnext_timm(),
+    _eva02(),
     _vit(),
 )
 

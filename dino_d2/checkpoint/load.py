@@ -5,11 +5,21 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .backbones import common_names, is_derived
 from .io import CheckpointError, read_weights
 
 _WRAPPER = "detector."  # the prefix under which a Detectron2 meta-architecture holds a detector
+
+# What classifiers have not: norms and pyramids of the returned features.
+_OF_FEATURES = (
+    "backbone.norm[0-3].*",
+    "backbone.norms.stride*",
+    "backbone.simfp_*",
+    "backbone.net.out_norm.*",
+    "backbone.p[2-6].*",
+)
 
 
 def load_weights(
@@ -47,7 +57,7 @@ def load_backbone(backbone: nn.Module, source: str | os.PathLike | Mapping[str, 
     """Load classification weights (ImageNet) into a detector's backbone.
 
     What only a detector has may be missing: norms of returned features, relative positions, a
-    feature pyramid.
+    feature pyramid. Patches of another size are interpolated (EVA-02's 14 pixels to 16).
 
     Raises:
         CheckpointError: see `load_weights`.
@@ -56,8 +66,8 @@ def load_backbone(backbone: nn.Module, source: str | os.PathLike | Mapping[str, 
     wanted = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
     weights = translate_backbone(weights, wanted)
-    of_features = ("backbone.norm[0-3].*", "backbone.norms.stride*", "backbone.simfp_*")
-    check_names(weights, wanted, (*of_features, "*.rel_pos_[hw]"), ())
+    _resize_patches(weights, wanted)
+    check_names(weights, wanted, (*_OF_FEATURES, "*.rel_pos_[hw]"), ())
     known = {name.removeprefix("backbone."): t for name, t in weights.items() if name in wanted}
     backbone.load_state_dict(known, strict=False)
 
@@ -87,6 +97,15 @@ def translate_backbone(weights: Mapping[str, Tensor], wanted: Mapping) -> dict[s
         if common is not None:
             result[prefix + ours.get(common, common)] = tensor
     return result
+
+
+def _resize_patches(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Interpolate the kernel of a ViT's patches where its size is not the wanted one."""
+    for name in weights.keys() & wanted.keys():
+        size = wanted[name].shape[2:]
+        if name.endswith("patch_embed.proj.weight") and weights[name].shape[2:] != size:
+            kernel = weights[name].float()
+            weights[name] = functional.interpolate(kernel, size, mode="bicubic")
 
 
 def _below(prefix: str, names: Mapping) -> list[str]:

@@ -16,6 +16,29 @@ Table = list[tuple[str, str | None]]
 
 _BACKBONE: Table = [("backbone.0.*", "backbone.*")]
 
+# EVA-02's authors name blocks unlike timm, whose parts are ours; Co-DETR keeps to the authors.
+EVA02_BLOCKS: Table = [
+    *((f"blocks.#.{norm}.*", f"net.blocks.#.{norm}.*") for norm in ("norm1", "norm2")),
+    *((f"blocks.#.attn.{x}_bias", f"net.blocks.#.attn.{x}_proj.bias") for x in ("q", "v")),
+    *((f"blocks.#.attn.{x}.*", f"net.blocks.#.attn.{x}.*") for x in ("q_proj", "k_proj", "v_proj")),
+    ("blocks.#.attn.proj.*", "net.blocks.#.attn.proj.*"),
+    ("blocks.#.attn.rope.*", None),
+    ("blocks.#.mlp.w1.*", "net.blocks.#.mlp.fc1_g.*"),
+    ("blocks.#.mlp.w2.*", "net.blocks.#.mlp.fc1_x.*"),
+    ("blocks.#.mlp.ffn_ln.*", "net.blocks.#.mlp.norm.*"),
+    ("blocks.#.mlp.w3.*", "net.blocks.#.mlp.fc2.*"),
+    ("patch_embed.*", "net.patch_embed.*"),
+    ("pos_embed", "net.pos_embed"),
+]
+# Sense-X/Co-DETR's ViT-L with its pyramid -> `dino_d2.backbones.build_eva02`
+CO_DETR_EVA02: Table = [
+    *((f"backbone.{theirs}", ours and f"backbone.{ours}") for theirs, ours in EVA02_BLOCKS),
+    ("backbone.out_norm.*", "backbone.net.out_norm.*"),
+    ("backbone.rope_win.*", None),
+    ("backbone.rope_glb.*", None),
+    ("neck.p#.*", "backbone.p#.*"),
+]
+
 # Official encoders and decoders, each by its kind of layers.
 _DEFORMABLE_ENCODER: Table = [
     ("input_proj.#.#.*", "neck.projections.#.#.*"),

@@ -1,5 +1,7 @@
 """Learning rates by parameter."""
 
+from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+
 
 class BackboneLR:
     """Factor of the learning rate by parameter name: `factor` for the backbone, 1 for the rest.
@@ -21,3 +23,23 @@ class BackboneLR:
         if "backbone" in parts:
             return self.factor
         return self.sampling if {"sampling_offsets", "reference"} & set(parts) else 1.0
+
+
+class LayerDecayLR:
+    """Factor of the learning rate by parameter name that shrinks towards a ViT's first layer.
+
+    The last block has `decay`, each before it `decay` times that of the next, patches and positions
+    as if they were a block before the first; the rest 1. For `lr_factor_func`, as `BackboneLR`.
+
+    Args:
+        decay: in (0, 1]; 0.8 for Co-DINO's ViT-L.
+        num_layers: blocks of the ViT.
+    """
+
+    def __init__(self, decay: float, num_layers: int):
+        self.decay, self.num_layers = decay, num_layers
+
+    def __call__(self, name: str) -> float:
+        """The factor for a parameter."""
+        name = name.removeprefix("detector.")
+        return get_vit_lr_decay_rate(name, self.decay, self.num_layers)

@@ -1,12 +1,6 @@
-"""Feature extractors from timm and torchvision, for use without Detectron2.
-
-They answer like Detectron2's backbones: `forward` returns a dict of feature maps (B, C, h, w),
-`output_shape()` their channels and strides. Maps are named by their stride: "stride4", "stride8",
-"stride16", "stride32".
-"""
+"""Hierarchical models of timm and torchvision, with maps of strides 4 to 32."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import timm
 import torch
@@ -15,13 +9,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-
-class FeatureShape(NamedTuple):
-    """A feature map's number of channels and its stride in pixels."""
-
-    channels: int
-    stride: int
-
+from .shape import FeatureShape
 
 # How torchvision names the outputs of a model's four stages, and whether channels come last.
 _TORCHVISION_STAGES = {
