@@ -1,6 +1,8 @@
 """Backbones by their several names: each library's are translated to one form and back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 from .io import CheckpointError
 from .names import EVA02_BLOCKS, Table, rename
@@ -94,6 +96,16 @@ _TABLES = (
     _vit(),
 )
 
+# mmdetection's Swin -> the authors
+_SWIN_MMDETECTION: Table = [
+    ("backbone.patch_embed.projection.*", "backbone.patch_embed.proj.*"),
+    ("backbone.stages.#.blocks.#.attn.w_msa.*", "backbone.layers.#.blocks.#.attn.*"),
+    ("backbone.stages.#.blocks.#.ffn.layers.0.0.*", "backbone.layers.#.blocks.#.mlp.fc1.*"),
+    ("backbone.stages.#.blocks.#.ffn.layers.1.*", "backbone.layers.#.blocks.#.mlp.fc2.*"),
+    ("backbone.stages.#.*", "backbone.layers.#.*"),
+    ("*", "*"),
+]
+
 # Follow from the architecture; never needed and never missed.
 _DERIVED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
@@ -114,3 +126,24 @@ def common_names(names: Iterable[str]) -> dict[str, str | None]:
             continue
         return {name: translated.get(name) for name in names}
     return {name: needed.get(name) for name in names}
+
+
+def from_mmdetection(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A detector's weights of mmdetection, its Swin as the authors have it; the rest stays.
+
+    mmdetection merges four patches channel by channel and row by row, the authors patch by patch
+    and column by column.
+    """
+    if not any(name.startswith("backbone.stages.") for name in weights):
+        return dict(weights)
+    renamed = {rename(name, _SWIN_MMDETECTION): tensor for name, tensor in weights.items()}
+    return {
+        name: _patch_by_patch(tensor) if ".downsample." in name else tensor
+        for name, tensor in renamed.items()
+    }
+
+
+def _patch_by_patch(tensor: Tensor) -> Tensor:
+    """(..., C * row * column) -> (..., column * row * C)"""
+    parts = tensor.unflatten(-1, (-1, 2, 2))
+    return parts.transpose(-3, -1).flatten(-3)

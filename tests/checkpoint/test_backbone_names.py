@@ -6,9 +6,11 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional
 
 from dino_d2.backbones import TimmBackbone, TorchvisionBackbone
 from dino_d2.checkpoint import CheckpointError, load_backbone, load_weights
+from dino_d2.checkpoint.backbones import from_mmdetection
 
 STRIDES = (4, 8, 16, 32)
 SWIN = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4)}
@@ -204,3 +206,47 @@ def test_another_kind_of_backbone_is_an_error():
         backbone, weights = make_swin("timm"), torchvision.models.resnet18().state_dict()
     with pytest.raises(CheckpointError, match=r"missing:(.|\n)*unexpected:"):
         load_backbone(backbone, weights)
+
+
+MMDETECTION_NAMES = [
+    (r"^layers\.", "stages."),
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"\.attn\.", ".attn.w_msa."),
+    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+]
+
+
+def mmdetection_merges(x, norm, reduction):
+    """(B, h, w, C) -> (B, h * w / 4, 2 C) by `unfold`, as mmdetection does it."""
+    patches = functional.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2)
+    patches = functional.layer_norm(patches, patches.shape[-1:], *norm)
+    return functional.linear(patches, reduction)
+
+
+@pytest.mark.detectron2
+@torch.no_grad()
+def test_swin_of_mmdetection():
+    swin = shuffle(make_swin("detectron2"))
+    wanted = {f"backbone.{name}": tensor for name, tensor in swin.state_dict().items()}
+    theirs = {"bbox_head.0.weight": torch.ones(1)}
+    for name, tensor in swin.state_dict().items():
+        for pattern, replacement in MMDETECTION_NAMES:
+            name = re.sub(pattern, replacement, name)
+        theirs[f"backbone.{name}"] = torch.randn(tensor.shape) if "downsample" in name else tensor
+    ours = from_mmdetection(theirs)
+    assert ours.pop("bbox_head.0.weight") == 1
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[n], wanted[n]) for n in ours if "downsample" not in n)
+    swin.load_state_dict({name.removeprefix("backbone."): t for name, t in ours.items()})
+    x = torch.randn(2, 4, 6, 8)
+    prefix = "backbone.stages.0.downsample."
+    norm = theirs[f"{prefix}norm.weight"], theirs[f"{prefix}norm.bias"]
+    expected = mmdetection_merges(x, norm, theirs[f"{prefix}reduction.weight"])
+    merged = swin.layers[0].downsample(x.flatten(1, 2), 4, 6)
+    torch.testing.assert_close(merged, expected)
+
+
+def test_other_backbones_of_mmdetection_stay():
+    weights = {"backbone.layer1.0.downsample.0.weight": torch.randn(3, 8)}
+    assert from_mmdetection(weights) == weights
