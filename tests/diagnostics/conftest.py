@@ -1,7 +1,14 @@
 import pytest
 from matplotlib.figure import Figure
 
-from dino_d2.diagnostics import curves, detections, instability
+from dino_d2.diagnostics import (
+    curves,
+    detections,
+    discriminability,
+    head_distances,
+    instability,
+    queries,
+)
 
 
 @pytest.fixture
@@ -13,6 +20,6 @@ def figures(monkeypatch):
         drawn.append(Figure(*args, **kwargs))
         return drawn[-1]
 
-    for module in (curves, detections, instability):
+    for module in (curves, detections, discriminability, head_distances, instability, queries):
         monkeypatch.setattr(module, "Figure", keep)
     return drawn
