@@ -159,9 +159,9 @@ def _uncovered(instances: Instances, cover: Tensor) -> Instances:
     """What is left of objects under a cover (H, W)."""
     masks = _masks(instances)
     left = masks & ~cover
-    area, lost = left.sum((1, 2)), (masks & cover).any(2).any(1)
-    old = instances.gt_boxes.tensor
-    boxes = torch.where(lost[:, None], BitMasks(left).get_bounding_boxes().tensor, old)
+    area, old = _areas(left), instances.gt_boxes.tensor
+    touched = (area < _areas(masks))[:, None]
+    boxes = torch.where(touched, BitMasks(left).get_bounding_boxes().tensor, old)
     moved = (boxes - old).abs().amax(1) > MAX_SHIFT
     result = Instances(instances.image_size, **instances.get_fields())
     result.gt_boxes = Boxes(boxes)
@@ -179,6 +179,11 @@ def _masks(instances: Instances) -> Tensor:
     x, y = torch.arange(width), torch.arange(height)
     columns, rows = (x > x0 - 1) & (x < x1), (y > y0 - 1) & (y < y1)
     return rows[:, :, None] & columns[:, None]
+
+
+def _areas(masks: Tensor) -> Tensor:
+    """(T, H, W) -> (T,); torch takes seventy times as long to add up bits."""
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
 
 
 def _without_masks(instances: Instances) -> Instances:
