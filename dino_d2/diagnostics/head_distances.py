@@ -10,8 +10,6 @@ from torch import Tensor
 from ..types import Memory
 from .discriminability import discriminability, level_maps
 
-_EPS = 1e-6  # keeps the logarithm finite where a map is zero
-
 
 def grad_cam(score: Tensor, memory: Memory, size: tuple[int, int]) -> Tensor:
     """Grad-CAM (Selvaraju et al., ICCV 2017) of a head's score on the encoder's tokens.
@@ -36,13 +34,14 @@ def grad_cam(score: Tensor, memory: Memory, size: tuple[int, int]) -> Tensor:
 def head_distances(cams: Mapping[str, Tensor]) -> Tensor:
     """(K, K): S_ij, the KL divergence of head j's map from head i's, averaged over images.
 
+    The softmax makes distributions of the maps. The paper does not say what does; so, distances are
+    of the size that it reports.
+
     Args:
-        cams: by head, (images, H, W), not negative; each counts as a distribution over its pixels.
+        cams: by head, (images, H, W) in [0, 1].
     """
-    shares = torch.stack([cam.flatten(1) + _EPS for cam in cams.values()])  # (K, images, H * W)
-    shares = shares / shares.sum(-1, keepdim=True)
-    logs = shares.log()
-    rows = [(share * (share.log() - logs)).sum(-1).mean(-1) for share in shares]
+    logs = torch.stack([cam.flatten(1).log_softmax(1) for cam in cams.values()])  # (K, images, HW)
+    rows = [(log.exp() * (log - logs)).sum(-1).mean(-1) for log in logs]
     return torch.stack(rows)
 
 
