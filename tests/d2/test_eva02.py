@@ -34,7 +34,7 @@ def test_images_are_padded_for_the_pyramid(model):
 
 
 def test_training_reaches_the_whole_backbone(model):
-    losses = model([make_input(32, 64, classes=[NUM_CLASSES - 1])])
+    losses = model([make_input(64, 96, classes=[NUM_CLASSES - 1])])
     sum(losses.values()).backward()
     unreached = [n for n, p in model.detector.backbone.named_parameters() if p.grad is None]
     assert unreached == []
