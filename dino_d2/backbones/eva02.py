@@ -69,7 +69,7 @@ class EVA02(nn.Module):
     """EVA-02 without its classifier, for images of any size.
 
     Args:
-        embed_dim: D; a multiple of `num_heads`, and four of every head's.
+        embed_dim: D, a multiple of 4 * `num_heads`.
         global_blocks: blocks that attend to the whole image; the others to windows.
         window_size: patches per side of a window.
         drop_path: stochastic depth rate of the last block; it grows linearly from 0.
@@ -77,6 +77,9 @@ class EVA02(nn.Module):
             interpolate them.
         recompute: trade time for memory in training: keep no activations inside of blocks, compute
             them once more for gradients.
+
+    Raises:
+        ValueError: another `embed_dim`, or a global block beyond the last.
     """
 
     def __init__(
@@ -91,6 +94,10 @@ class EVA02(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
+        if embed_dim % (4 * num_heads):
+            raise ValueError(f"embed_dim {embed_dim} is no multiple of 4 * num_heads {num_heads}")
+        if not set(global_blocks) <= set(range(depth)):
+            raise ValueError(f"global_blocks {list(global_blocks)} are not among {depth} blocks")
         self.recompute = recompute
         self.patch_embed = PatchEmbed(
             None, _PATCH, embed_dim=embed_dim, output_fmt="NHWC", dynamic_img_pad=True

@@ -155,3 +155,15 @@ def test_image_net_weights_with_patches_of_14_pixels(small, library):
     torch.testing.assert_close(loaded["patch_embed.proj.weight"], torch.ones(128, 3, 16, 16))
     for name in weights.keys() - {"patch_embed.proj.weight"}:
         torch.testing.assert_close(loaded[name], weights[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embed_dim": 130}, "embed_dim 130 is no multiple of 4 \\* num_heads 2"),
+        ({"global_blocks": (1, 3)}, r"global_blocks \[1, 3\] are not among 3 blocks"),
+    ],
+)
+def test_settings_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        EVA02(**{**SMALL, **change})
