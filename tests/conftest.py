@@ -6,6 +6,7 @@ import pytest
 import torch
 from machine import find_nvcc
 
+from dino_d2 import processes
 from dino_d2.ops import load_native
 
 REASONS = {
@@ -39,3 +40,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def as_rank_of_two(monkeypatch):
+    """Distributed training, in which the other process counts 7."""
+    monkeypatch.setattr(processes.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.distributed, "all_reduce", lambda total: total.add_(7))

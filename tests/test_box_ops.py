@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 from reference import generalized_iou_loop
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_iou, generalized_box_iou
 
-from dino_d2.box_ops import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, xyxy_to_cxcywh
+from dino_d2.box_ops import (
+    cxcywh_to_xyxy,
+    generalized_iou,
+    inverse_sigmoid,
+    iou,
+    xyxy_to_cxcywh,
+)
 
 
 def random_boxes(count):
@@ -77,3 +83,12 @@ def test_generalized_iou_by_default_adds_what_dino_adds():
     box = torch.tensor([0.5, 0.5, 4 / 1333, 4 / 800], dtype=torch.float64)
     area = (box[2] * box[3]).item()
     assert generalized_iou(box, box).item() == pytest.approx(area / (area + 1e-6))
+
+
+def test_iou():
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 30, 4, dtype=torch.float64)
+    expected = box_iou(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)).diagonal()
+    torch.testing.assert_close(iou(a, b), expected)
+    tiny = torch.tensor([0.5, 0.5, 0.0005, 0.001])
+    assert iou(tiny, tiny).item() == pytest.approx(0.5, rel=1e-5)  # its area is half of eps

@@ -1,9 +1,11 @@
 """From predictions to detections, against a loop over every pair."""
 
+import pytest
 import torch
+from torchvision.ops import box_iou
 
-from dino_d2.postprocess import postprocess
-from dino_d2.types import Predictions
+from dino_d2.postprocess import Suppression, postprocess
+from dino_d2.types import Detections, Predictions
 
 
 def random_predictions(layers=2, batch=2, queries=6, classes=4):
@@ -76,3 +78,68 @@ def test_an_empty_batch_has_no_detections():
     predictions = Predictions(torch.zeros(1, 0, 5, 2), torch.zeros(1, 0, 5, 4))
     detections = postprocess(predictions, torch.zeros(0, 2), 3)
     assert detections.boxes.shape == (0, 3, 4)
+
+
+def test_boxes_are_clipped_on_request():
+    predictions = random_predictions()
+    predictions.boxes[..., 2:] = 0.9
+    sizes = torch.tensor([[20, 30], [40, 10]])
+    plain, clipped = (postprocess(predictions, sizes, 5, clip=clip) for clip in (False, True))
+    limits = sizes.flip(1).repeat(1, 2)[:, None].double()
+    assert (plain.boxes > limits).any()
+    torch.testing.assert_close(clipped.boxes, plain.boxes.clamp(min=0).minimum(limits))
+    torch.testing.assert_close(clipped.scores, plain.scores)
+
+
+def random_detections(count=40, classes=3):
+    low, size = torch.rand(2, count, 2, dtype=torch.float64) * 20
+    boxes = torch.cat([low, low + size + 5], 1)
+    scores = torch.rand(count, dtype=torch.float64).sort(descending=True).values
+    return Detections(scores, torch.randint(classes, (count,)), boxes)
+
+
+def soft_nms_loop(detections, threshold, least):
+    """Take the best, lower the rest of its class, and again."""
+    left = [[float(s), int(c), box] for s, c, box in zip(*detections, strict=True)]
+    found = []
+    while left:
+        best = max(left, key=lambda row: row[0])
+        left = [row for row in left if row is not best]
+        found.append(best)
+        for row in left:
+            overlap = float(box_iou(best[2][None], row[2][None]))
+            if row[1] == best[1] and overlap >= threshold:
+                row[0] *= 1 - overlap
+        left = [row for row in left if row[0] >= least]
+    return found
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.8])
+def test_soft_nms(threshold):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        detections = random_detections()
+        found = Suppression("soft_nms", threshold, 0.05)(detections)
+        expected = soft_nms_loop(detections, threshold, 0.05)
+        assert found.scores.tolist() == pytest.approx([row[0] for row in expected])
+        assert found.labels.tolist() == [row[1] for row in expected]
+        torch.testing.assert_close(found.boxes, torch.stack([row[2] for row in expected]))
+
+
+def test_nms_drops_duplicates_of_a_class():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [20, 20, 30, 30]])
+    detections = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 2, 1]), boxes)
+    found = Suppression("nms", 0.5)(detections)
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
+    assert found.labels.tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["nms", "soft_nms"])
+def test_suppression_of_nothing(kind):
+    none = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    assert [len(tensor) for tensor in Suppression(kind)(none)] == [0, 0, 0]
+
+
+def test_unknown_suppression():
+    with pytest.raises(ValueError, match="but is 'hard'"):
+        Suppression("hard")

@@ -7,6 +7,7 @@ from torch import nn
 
 from dino_d2.layers import SinePositionEncoding
 from dino_d2.models import (
+    build_co_detr,
     build_dab_deformable_detr,
     build_dab_detr,
     build_deformable_detr,
@@ -28,6 +29,22 @@ SETTINGS = {
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
+CO_HEADS = ("faster_rcnn", "atss", "retinanet", "fcos")
+
+
+def build_co_dino(*args, co_heads=CO_HEADS, **settings):
+    return build_co_detr(build_dino(*args, **settings), co_heads)
+
+
+def build_co_deformable(*args, **settings):
+    return build_co_detr(build_deformable_detr(*args, **settings), CO_HEADS)
+
+
+def build_co_dab(*args, **settings):
+    """A single scale, from which the heads get three."""
+    return build_co_detr(build_dab_detr(*args, **settings), CO_HEADS, num_finer=1)
+
+
 DENSE = {"in_features": ["coarse"], "num_levels": 1}
 FAMILY = {  # builder, and settings other than those above
     "dino": (build_dino, {"denoising_queries": 16}),
@@ -45,6 +62,20 @@ FAMILY = {  # builder, and settings other than those above
         build_deformable_detr,
         {"box_refinement": True, "two_stage": True},
     ),
+}
+
+CO_FAMILY = {
+    "co_dino": (build_co_dino, {"denoising_queries": 16}),
+    "co_deformable_detr_two_stage": (
+        build_co_deformable,
+        {
+            "box_refinement": True,
+            "two_stage": True,
+            "mixed_selection": True,
+            "look_forward_twice": True,
+        },
+    ),
+    "co_dab_detr": (build_co_dab, DENSE),
 }
 
 
@@ -69,7 +100,7 @@ class StubBackbone(nn.Module):
 
 def tiny_detector(name, dtype=torch.float64, **settings):
     """With noise on all parameters: right after initialisation, many gradients are zero."""
-    build, own = FAMILY[name]
+    build, own = {**FAMILY, **CO_FAMILY}[name]
     model = build(StubBackbone(), **{**SETTINGS, **own, **settings}).to(dtype)
     return add_noise(model)
 

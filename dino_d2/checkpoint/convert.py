@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data.coco import COCO_CATEGORY_IDS
-from .backbones import common_names
+from .backbones import common_names, from_mmdetection
 from .io import CheckpointError
 from .load import check_names, translate_backbone
 from .names import (
@@ -77,6 +77,8 @@ def convert(
     """
     if source not in SOURCES:
         raise CheckpointError(f"unknown source {source!r}; known are {', '.join(SOURCES)}")
+    if source == "co-detr":
+        weights = from_mmdetection(weights)
     table = SOURCES[source](weights)
     result = {}
     for name, tensor in weights.items():

@@ -335,8 +335,9 @@ def official_co_detr(names: Iterable[str]) -> Table:
     ]
     number = _count("query_head.cls_branches.#.weight", names) - 1
     levels = _count("neck.convs.#.conv.weight", names)
+    eva02 = any(name.startswith("neck.p2.") for name in names)
     return [
-        ("backbone.*", "backbone.*"),
+        *(CO_DETR_EVA02 if eva02 else [("backbone.*", "backbone.*")]),
         ("neck.convs.#.conv.*", "neck.projections.#.0.*"),
         ("neck.convs.#.gn.*", "neck.projections.#.1.*"),
         *(

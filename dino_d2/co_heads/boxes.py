@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..box_ops import generalized_iou, xyxy_to_cxcywh
+from ..transfer import to_device
+
 _MAX_LOG_SCALE = math.log(1000 / 16)  # sides grow at most by this factor (Fast R-CNN's code)
 
 
@@ -47,7 +50,7 @@ class Anchors:
             x = torch.arange(width, device=feature.device, dtype=dtype)
             y = torch.arange(height, device=feature.device, dtype=dtype)
             cells = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)  # (h w, 2)
-            corners = torch.tensor(self.corners, dtype=dtype).to(feature.device)
+            corners = to_device(self.corners, dtype, feature.device)
             boxes = (cells.repeat(1, 2)[:, None] + corners) * stride  # (h w, A, 4)
             placed.append(boxes.flatten(0, 1))
         return placed
@@ -79,12 +82,13 @@ class DeltaCoder:
         """(..., 4) corners of both -> (..., 4)"""
         (centre, size), (wanted_centre, wanted_size) = _parts(anchors), _parts(boxes)
         deltas = torch.cat([(wanted_centre - centre) / size, (wanted_size / size).log()], -1)
-        return deltas / deltas.new_tensor(self.stds)
+        return deltas / to_device(self.stds, deltas.dtype, deltas.device)
 
     def decode(self, anchors: Tensor, deltas: Tensor) -> Tensor:
         """(..., 4) corners and (..., 4) deltas -> corners"""
         centre, size = _parts(anchors)
-        shift, scale = (deltas * deltas.new_tensor(self.stds)).split(2, -1)
+        stds = to_device(self.stds, deltas.dtype, deltas.device)
+        shift, scale = (deltas * stds).split(2, -1)
         centre = centre + shift * size
         half = size * scale.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp() / 2
         return torch.cat([centre - half, centre + half], -1)
@@ -106,6 +110,13 @@ class DistanceCoder:
         centre, size = _parts(anchors)
         reach = distances.exp() * torch.cat([size, size], -1) / self.scale
         return torch.cat([centre - reach[..., :2], centre + reach[..., 2:]], -1)
+
+
+def overlap_loss(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """1 - generalised IoU of pairs: (..., 4) corners of both -> (...), without waiting for the
+    device as torchvision's does.
+    """
+    return 1 - generalized_iou(xyxy_to_cxcywh(boxes_a), xyxy_to_cxcywh(boxes_b), eps=1e-7)
 
 
 def centres_of(boxes: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy
+from ..transfer import to_device
 from ..types import Detections, Memory, Targets
 from .positive_queries import KnownQueries, PositiveQueries
 from .protocol import CoHead, Objects
@@ -83,7 +84,7 @@ def image_sizes(padding_mask: Tensor) -> list[tuple[int, int]]:
 def in_pixels(targets: Targets, sizes: Sequence[tuple[int, int]]) -> list[Objects]:
     """The objects of every image, their boxes as corners in pixels."""
     return [
-        Objects(labels, cxcywh_to_xyxy(boxes) * boxes.new_tensor(size * 2))
+        Objects(labels, cxcywh_to_xyxy(boxes) * to_device(size * 2, boxes.dtype, boxes.device))
         for labels, boxes, size in zip(
             targets.labels.split(targets.counts),
             targets.boxes.split(targets.counts),

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import batched_nms, sigmoid_focal_loss
 
 from ..processes import average_over_processes
 from ..types import Detections
-from .boxes import Anchors, DeltaCoder, DistanceCoder, centres_of, clip
+from .boxes import Anchors, DeltaCoder, DistanceCoder, centres_of, clip, overlap_loss
 from .protocol import BACKGROUND, IGNORED, Candidates, Objects, wanted_of
 
 _PRIOR = 0.01  # of an object at an anchor, before training (RetinaNet, sec. 4.1)
@@ -145,12 +145,12 @@ class DenseHead(nn.Module):
         focal = sigmoid_focal_loss(outputs.logits, scores, 0.25, 2.0)
         focal = focal.masked_fill((matched == IGNORED)[..., None], 0)
         predicted = self.coder.decode(anchors[anchor], outputs.deltas[image, anchor])
-        overlap_loss = generalized_box_iou_loss(predicted, boxes)
+        misfit = overlap_loss(predicted, boxes)
         losses = {"class": focal.sum() / normalizer}
         if outputs.centerness is None:
-            return {**losses, "giou": 2 * overlap_loss.sum() / normalizer}
+            return {**losses, "giou": 2 * misfit.sum() / normalizer}
         wanted = centerness_of(centres_of(anchors[anchor]), boxes)
-        losses["giou"] = 2 * (overlap_loss * wanted).sum() / average_over_processes(wanted.sum())
+        losses["giou"] = 2 * (misfit * wanted).sum() / average_over_processes(wanted.sum())
         given = outputs.centerness[image, anchor]
         error = functional.binary_cross_entropy_with_logits(given, wanted, reduction="sum")
         return {**losses, "centerness": error / normalizer}

@@ -1,15 +1,16 @@
 """Faster R-CNN (Ren et al., NeurIPS 2015) as a co-head."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import batched_nms, generalized_box_iou_loss, roi_align
+from torchvision.ops import batched_nms, roi_align
 
 from ..types import Detections
 from .assign import assign_by_iou, sample
-from .boxes import Anchors, DeltaCoder, clip
+from .boxes import Anchors, DeltaCoder, clip, overlap_loss
 from .dense import conv_block, to_rows
 from .protocol import Candidates, Objects, wanted_of
 
@@ -77,7 +78,7 @@ class RegionProposals(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Positive and negative anchors (P,), (N,), and boxes (P, 4) of the former's objects."""
         boxes = torch.cat([level[i] for level, i in zip(levels, inside, strict=True)])
-        starts = torch.tensor([0, *map(len, levels)]).cumsum(0).tolist()
+        starts = [0, *accumulate(len(level) for level in levels)]
         where = torch.cat([i + start for i, start in zip(inside, starts, strict=False)])
         matched = assign_by_iou(boxes, objects.boxes, 0.7, 0.3, at_least=0.3)
         positives, negatives = sample(matched, 256, 0.5)
@@ -241,10 +242,10 @@ class FasterRCNN(nn.Module):
         classes[positive] = labels
         moves = deltas[positive, 0 if self.class_agnostic else labels]
         predicted = self.coder.decode(joined[positive], moves)
-        overlap_loss = generalized_box_iou_loss(predicted, wanted, reduction="sum")
+        misfit = overlap_loss(predicted, wanted).sum()
         return {
             "class": functional.cross_entropy(logits, classes),
-            "giou": 10 * overlap_loss / len(joined),
+            "giou": 10 * misfit / len(joined),
         }
 
     def detect(

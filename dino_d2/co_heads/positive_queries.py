@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..box_ops import xyxy_to_cxcywh
 from ..layers import encode_boxes
+from ..transfer import to_device
 from ..types import Assignment, Queries, Targets
 from .assign import random_subset
 from .protocol import BACKGROUND, Candidates
@@ -88,7 +89,7 @@ class PositiveQueries(nn.Module):
         chosen, padding = self._fill(candidates, positives, count)
         anchors = torch.stack(
             [
-                xyxy_to_cxcywh(c.boxes[index] / c.boxes.new_tensor(size * 2))
+                xyxy_to_cxcywh(c.boxes[index] / to_device(size * 2, c.boxes.dtype, index.device))
                 for c, index, size in zip(candidates, chosen, image_sizes, strict=True)
             ]
         )

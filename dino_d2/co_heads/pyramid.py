@@ -21,13 +21,7 @@ class MemoryPyramid(nn.Module):
 
     def forward(self, memory: Memory) -> list[Tensor]:
         """(B, D, h, w) each, finest first; padding is not masked, as published."""
-        sizes = [height * width for height, width in memory.spatial_shapes]
-        maps = [
-            tokens.transpose(1, 2).unflatten(2, shape)
-            for tokens, shape in zip(
-                memory.tokens.split(sizes, 1), memory.spatial_shapes, strict=True
-            )
-        ]
+        maps = memory_maps(memory.tokens, memory)
         for adapt in self.finer:
             larger = functional.interpolate(
                 maps[0], scale_factor=2, mode="bilinear", align_corners=False
@@ -36,6 +30,15 @@ class MemoryPyramid(nn.Module):
         for adapt in self.coarser:
             maps.append(adapt(maps[-1]))
         return maps
+
+
+def memory_maps(tokens: Tensor, memory: Memory) -> list[Tensor]:
+    """Values (B, S, D) of the memory's tokens as maps (B, D, h, w) of every level."""
+    parts = tokens.split([height * width for height, width in memory.spatial_shapes], 1)
+    return [
+        part.transpose(1, 2).unflatten(2, shape)
+        for part, shape in zip(parts, memory.spatial_shapes, strict=True)
+    ]
 
 
 def _adapt(embed_dim: int, stride: int) -> nn.Sequential:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..box_ops import cxcywh_to_xyxy
+from ..co_heads.pyramid import memory_maps
 from ..models import DETR
 from ..types import Memory
 
@@ -18,11 +19,7 @@ from ..types import Memory
 def level_maps(tokens: Tensor, memory: Memory) -> list[Tensor]:
     """Values (B, S, D) of all tokens as maps (B, D, h, w) of every level, zero on padding."""
     tokens = tokens.masked_fill(memory.padding_mask.unsqueeze(-1), 0)
-    parts = tokens.split([height * width for height, width in memory.spatial_shapes], 1)
-    return [
-        part.transpose(1, 2).unflatten(2, shape)
-        for part, shape in zip(parts, memory.spatial_shapes, strict=True)
-    ]
+    return memory_maps(tokens, memory)
 
 
 def discriminability(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

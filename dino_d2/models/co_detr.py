@@ -54,7 +54,7 @@ def build_co_detr(
     unknown = [name for name in weights if name not in co_heads]
     if unknown:
         raise ValueError(f"co_head_weights for {unknown}, but the heads are {list(co_heads)}")
-    embed_dim = base.neck.projections[-1][0].out_channels
+    embed_dim = base.neck.embed_dim
     strides = adapted_strides(_strides(base), num_finer, num_coarser)
     given_positions = isinstance(base.decoder.placement, GivenPositions)
     common = co_head_weight * len(base.decoder.layers)
@@ -93,6 +93,7 @@ def build_co_dino_base(
     decoder_layers: int = 6,
     denoising_queries: int = 200,
     box_noise: float = 1.0,
+    project: bool = True,
 ) -> DETR:
     """DINO as Co-DETR trains it; for the arguments see `build_dino`.
 
@@ -108,6 +109,7 @@ def build_co_dino_base(
         decoder_layers=decoder_layers,
         denoising_queries=denoising_queries,
         box_noise=box_noise,
+        project=project,
         share_heads=False,
         neck_bias=False,
         matcher=HungarianMatcher(giou_eps=EPS),

@@ -47,6 +47,7 @@ def build_dino(
     share_heads: bool = True,
     position_temperature: float = 20,
     position_offset: float = 0.0,
+    project: bool = True,
     neck_bias: bool = True,
     matcher: HungarianMatcher | None = None,
     criterion: Criterion | None = None,
@@ -75,6 +76,7 @@ def build_dino(
         share_heads: one class and one box head for all decoder layers (official), or one pair each
             (detrex).
         position_temperature, position_offset: of the image's position encoding.
+        project: False takes the features as they are, see `Neck`.
         neck_bias: whether the neck's convolutions have one (not in Co-DETR).
         matcher, criterion: published costs and weights by default.
 
@@ -89,7 +91,9 @@ def build_dino(
     attention = (embed_dim, num_heads, num_levels, num_points, ffn_dim)
     return DETR(
         backbone=backbone,
-        neck=Neck(in_features, channels, embed_dim, num_levels, encoding, bias=neck_bias),
+        neck=Neck(
+            in_features, channels, embed_dim, num_levels, encoding, bias=neck_bias, project=project
+        ),
         encoder=DeformableEncoder(encoder_layers, *attention),
         query_source=_make_query_source(
             query_selection, num_queries, embed_dim, heads, padding_invariant

@@ -122,7 +122,8 @@ class ConditionalPositions(nn.Module):
         encoded = encode_boxes(queries.anchors, embed_dim // 2).to(content.dtype)  # y, x, w, h
         positions = self.mlp(encoded)
         y, x = encoded[..., :embed_dim].chunk(2, -1)
-        ratio = self.size(content).sigmoid() / queries.anchors[..., 2:]  # width, height
+        own = queries.anchors[..., 2:].clamp(min=1e-6)  # co-heads may give boxes without a size
+        ratio = self.size(content).sigmoid() / own  # width, height
         if index:
             y_scale, x_scale = self.scale(content).chunk(2, -1)
             y, x = y * y_scale, x * x_scale

@@ -14,7 +14,11 @@ class Neck(nn.Module):
     Each feature goes through a 1x1 convolution and GroupNorm. Every level beyond them halves the
     resolution with a 3x3 convolution: the first of the last feature itself, further ones of the
     level before. With `norm=False` (DAB-DETR) there is no GroupNorm, with
-    `bias=False` (Co-DETR) no bias in the convolutions.
+    `bias=False` (Co-DETR) no bias in the convolutions. With `project=False` the features are the
+    levels already, as those of a simple feature pyramid.
+
+    Raises:
+        ValueError: fewer levels than features, or features that need a projection without one.
     """
 
     def __init__(
@@ -26,14 +30,24 @@ class Neck(nn.Module):
         position_encoding: nn.Module,
         norm: bool = True,
         bias: bool = True,
+        project: bool = True,
     ):
         super().__init__()
         if num_levels < len(in_features):
             raise ValueError(f"num_levels {num_levels} is below the features {list(in_features)}")
+        if not project and [*in_channels] != [embed_dim] * num_levels:
+            raise ValueError(
+                f"without projection, features must be {num_levels} maps of {embed_dim} channels, "
+                f"not of {list(in_channels)}"
+            )
         self.in_features = tuple(in_features)
+        self.embed_dim = embed_dim
         self.position_encoding = position_encoding
         extra = num_levels - len(in_features)
         extra_channels = [in_channels[-1], *[embed_dim] * extra][:extra]
+        if not project:
+            self.projections = nn.ModuleList(nn.Identity() for _ in in_features)
+            return
         self.projections = nn.ModuleList(
             [self._project(channels, embed_dim, 1, 1, norm, bias) for channels in in_channels]
             + [self._project(channels, embed_dim, 3, 2, norm, bias) for channels in extra_channels]

@@ -57,7 +57,10 @@ def test_objects_are_among_the_candidates():
 
 def test_regions_come_from_the_level_of_their_size():
     head = FasterRCNN(DIM, CLASSES, (8, 16, 32), fc_dim=8).double()
-    maps = [torch.full((1, DIM, s, s), float(i), dtype=torch.float64) for i, s in enumerate((64, 32, 16))]
+    maps = [
+        torch.full((1, DIM, s, s), float(i), dtype=torch.float64)
+        for i, s in enumerate((64, 32, 16))
+    ]
     sides = torch.tensor([50.0, 111, 113, 223, 225, 500], dtype=torch.float64)
     boxes = torch.cat([torch.zeros(6, 2, dtype=torch.float64), sides[:, None].expand(-1, 2)], 1)
     regions = head._regions(maps, [boxes])

@@ -9,6 +9,7 @@ pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("one_thread")]
 
 KEYS = {
     "DINO": "DINO",
+    "CoDETR": "CO_DETR",
     "DNDETR": "DN_DETR",
     "DABDETR": "DAB_DETR",
     "DABDeformableDETR": "DAB_DEFORMABLE_DETR",
@@ -24,6 +25,7 @@ SMALL = {  # further arguments of the builders become keys, too
     "ENCODER_LAYERS": 1,
     "DECODER_LAYERS": 2,
 }
+WIDTHS = ("EMBED_DIM", "NUM_HEADS", "FFN_DIM")  # Co-DETR's keys have none of them
 architectures = pytest.mark.parametrize("architecture", KEYS)
 
 
@@ -41,7 +43,8 @@ def build(architecture, **settings):
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     node = cfg.MODEL[KEYS[architecture]]
-    node.update({**SMALL, **settings})
+    small = {key: value for key, value in SMALL.items() if key in node or key not in WIDTHS}
+    node.update({**(small if architecture == "CoDETR" else SMALL), **settings})
     cfg.MODEL.RESNETS.OUT_FEATURES = node.IN_FEATURES
     return build_model(cfg)
 
@@ -55,9 +58,12 @@ def test_build_model_makes_what_the_keys_say(architecture):
     assert model.num_detections == 6
     assert len(detector.decoder.layers) == 2
     dense = architecture in ("DNDETR", "DABDETR")
-    assert detector.neck.in_features == (("res5",) if dense else ("res3", "res4", "res5"))
-    assert len(detector.neck.projections) == (1 if dense else 4)
-    assert (detector.denoising is not None) == (architecture in ("DINO", "DNDETR"))
+    fine = ("res2",) if architecture == "CoDETR" else ()
+    expected = ("res5",) if dense else (*fine, "res3", "res4", "res5")
+    assert detector.neck.in_features == expected
+    assert len(detector.neck.projections) == (1 if dense else 4 + len(fine))
+    denoises = architecture in ("DINO", "DNDETR", "CoDETR")
+    assert (detector.denoising is not None) == denoises
 
 
 @architectures
@@ -85,6 +91,21 @@ def test_keys_of_dn_detr():
     detector = build("DNDETR", **levels).detector
     assert type(detector.encoder).__name__ == "DeformableEncoder"
     assert detector.decoder.layers[0].level.weight.shape == (4, 32)
+
+
+def test_keys_of_co_detr():
+    model = build("CoDETR")
+    assert list(model.detector.co_heads.heads) == ["faster_rcnn", "atss"]
+    assert model.suppression.iou_threshold == 0.8
+    model = build("CoDETR", CO_HEADS=["fcos"], SOFT_NMS=0)
+    assert list(model.detector.co_heads.heads) == ["fcos"]
+    assert model.suppression is None
+    levels = {"IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS": 4}
+    detector = build("CoDETR", BASE="deformable_detr", CO_HEADS=[], **levels).detector
+    assert detector.co_heads is None
+    assert type(detector.query_source).__name__ == "TwoStageQueries"
+    with pytest.raises(ValueError, match=r"MODEL.CO_DETR.BASE must be in .*'deformable_detr'"):
+        build("CoDETR", BASE="detr")
 
 
 def test_keys_of_deformable_detr():

@@ -1,5 +1,7 @@
 """The criterion against the official one, its definition, and its promises about names."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,23 +10,16 @@ from golden import read_json
 from reference import focal_loss_loop
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
+from dino_d2.box_ops import iou
 from dino_d2.losses import Criterion, Group, HungarianMatcher
-from dino_d2.losses.focal import sigmoid_focal_loss
-from dino_d2.models import detr
+from dino_d2.losses.focal import quality_focal_loss, sigmoid_focal_loss
+from dino_d2.processes import average_count
 from dino_d2.transformer import ContrastiveDenoising
 from dino_d2.types import Assignment, Predictions, Targets
 
 WEIGHTS = read_json("dino/criterion_unit")["weight_dict"]
 NAMES = {"class": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
 SUFFIXES = {"": "", "enc": "_interm", "dn": "_dn"}  # ours -> official
-
-
-@pytest.fixture
-def as_rank_of_two(monkeypatch):
-    """As if a second process had 7 objects."""
-    monkeypatch.setattr(detr.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(detr.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(detr.distributed, "all_reduce", lambda total: total.add_(7))
 
 
 def run(variant):
@@ -34,7 +29,7 @@ def run(variant):
     matched = {"": "decoder", "enc": "encoder proposals"}
     matched = {name: (predictions[group], targets) for name, group in matched.items()}
     assignments = HungarianMatcher()(matched)
-    count = detr.average_count(targets)
+    count = average_count(len(targets.labels), targets.boxes)
     groups = [Group(name, *given, assignments[name], count) for name, given in matched.items()]
     if VARIANTS[variant]["dn"]:
         known = ContrastiveDenoising(91, 4, num_groups=2).double()(targets).assignment
@@ -188,20 +183,42 @@ def test_focal_loss_of_extreme_logits_is_finite():
     assert logits.grad.isfinite().all()
 
 
-def count_only(count):
-    return Targets(torch.zeros(count, dtype=torch.int64), torch.zeros(count, 4), (count,))
+def test_quality_focal_loss():
+    """Literal, and the focal loss without its alpha where the qualities are 0 and 1."""
+    logits = torch.randn(6, 5, dtype=torch.float64) * 3
+    scores = torch.rand(6, 5, dtype=torch.float64)
+    actual = quality_focal_loss(logits, scores, 2.0)
+    for logit, score, loss in zip(
+        logits.flatten(), scores.flatten(), actual.flatten(), strict=True
+    ):
+        p = 1 / (1 + math.exp(-logit))
+        entropy = -(score * math.log(p) + (1 - score) * math.log(1 - p))
+        assert loss.item() == pytest.approx(abs(score - p) ** 2 * entropy)
+    scores = scores.round()
+    plain = sigmoid_focal_loss(logits, scores, 0.5, 2.0) * 2
+    torch.testing.assert_close(quality_focal_loss(logits, scores, 2.0), plain)
 
 
-def test_normalizer_of_one_process():
-    assert detr.average_count(count_only(5)) == 5
-    assert detr.average_count(count_only(0)) == 1
-
-
-def test_normalizer_is_the_average_over_processes(as_rank_of_two):
-    assert detr.average_count(count_only(4)) == 5.5
-    assert detr.average_count(count_only(0)) == 3.5
-
-
-def test_normalizer_of_processes_without_objects_is_one(as_rank_of_two, monkeypatch):
-    monkeypatch.setattr(detr.distributed, "all_reduce", lambda total: total)
-    assert detr.average_count(count_only(0)) == 1
+def test_quality_is_the_overlap_of_the_box():
+    """It is a target, not trained; only the matched class has it."""
+    group = make_group()
+    predictions = Predictions(*(t.requires_grad_() for t in group.predictions))
+    group = group._replace(predictions=predictions)
+    losses = Criterion(quality=True).of_layers(group)
+    image, query, target = group.assignment
+    expected = torch.zeros(len(predictions.logits), dtype=torch.float64)
+    for layer in range(len(predictions.logits)):
+        scores = torch.zeros_like(predictions.logits[layer])
+        for b, q, t in zip(
+            image,
+            query.expand(len(losses["class"]), -1)[layer],
+            target.expand(len(losses["class"]), -1)[layer],
+            strict=True,
+        ):
+            box = predictions.boxes[layer, b, q].detach()
+            scores[b, q, group.targets.labels[t]] = iou(box, group.targets.boxes[t])
+        loss = quality_focal_loss(predictions.logits[layer], scores, 2.0)
+        expected[layer] = loss.sum() / group.normalizer
+    torch.testing.assert_close(losses["class"], expected)
+    (gradient,) = torch.autograd.grad(losses["class"].sum(), predictions.boxes, allow_unused=True)
+    assert gradient is None or not gradient.any()

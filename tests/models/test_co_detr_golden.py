@@ -71,8 +71,11 @@ def check_evaluation(model, name):
     case, arrays = read_json(name), read_arrays(name)
     images, mask = batch_of(case)
     with torch.no_grad():
+        seen = {}
+        hook = record(model.encoder, seen, "encoder")
         predictions = model.eval()(images, mask)
-        of_heads = {head: model.detect_by(head, images, mask) for head in HEADS}
+        hook.remove()
+        of_heads = {head: model.co_heads.detect(head, seen["encoder"][1], mask) for head in HEADS}
         unmasked = model(images, torch.zeros_like(mask))
     for layer in range(6):
         stored = "last" if layer == 5 else str(layer)

@@ -62,3 +62,11 @@ dataloader.matching = L(build_detection_test_loader)(
 )
 
 dataloader.evaluator = L(coco_evaluator)(dataset_name="${..test.dataset.names}")
+
+
+def with_large_images(dataloader, longest):
+    """Change to the sizes of Co-DINO's models from Objects365, of up to `longest` pixels."""
+    to_size = dataloader.train.mapper.augmentations[-1]
+    to_size.short_edge_length, to_size.max_size = tuple(range(480, 1537, 32)), longest
+    (to_size,) = dataloader.test.mapper.augmentations
+    to_size.short_edge_length, to_size.max_size = 1280, 2048

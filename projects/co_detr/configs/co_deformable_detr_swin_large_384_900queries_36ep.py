@@ -1,0 +1,14 @@
+"""Co-Deformable-DETR, Swin-L (384), 900 queries, 36 epochs."""
+
+from ....configs.common.coco_36ep import dataloader, lr_multiplier, optimizer, train
+from ....configs.common.models.co_deformable_detr import LARGE_384
+from ....configs.common.models.co_deformable_detr import swin_large as model
+
+model.detector.base.num_queries = 900
+model.detector.base.backbone.drop_path_rate = 0.6
+model.num_detections = 300
+train.init_backbone = LARGE_384
+optimizer.lr = 2e-4
+optimizer.weight_decay = 0.05
+optimizer.params.lr_factor_func.sampling = 0.1
+train.output_dir = "./output/co_deformable_detr_swin_large_384_900queries_36ep"

@@ -1,0 +1,12 @@
+"""Co-Deformable-DETR, Swin-T (224), 36 epochs."""
+
+from ....configs.common.coco_36ep import dataloader, lr_multiplier, optimizer, train
+from ....configs.common.models.co_deformable_detr import TINY_224
+from ....configs.common.models.co_deformable_detr import swin_tiny as model
+
+model.detector.base.backbone.drop_path_rate = 0.3
+train.init_backbone = TINY_224
+optimizer.lr = 2e-4
+optimizer.weight_decay = 0.05
+optimizer.params.lr_factor_func.sampling = 0.1
+train.output_dir = "./output/co_deformable_detr_swin_tiny_224_36ep"

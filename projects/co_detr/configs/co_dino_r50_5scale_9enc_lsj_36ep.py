@@ -1,0 +1,11 @@
+"""Co-DINO, ResNet-50, 5 scales, 9 encoder layers, 36 epochs, large-scale jitter."""
+
+from ....configs.common.coco_36ep import lr_multiplier, optimizer, train
+from ....configs.common.data.coco_lsj import dataloader
+from ....configs.common.models.co_dino import IMAGENET, model
+
+model.detector.base.encoder_layers = 9
+train.init_backbone = IMAGENET
+optimizer.lr = 2e-4
+dataloader.evaluator.unsuppressed = True
+train.output_dir = "./output/co_dino_r50_5scale_9enc_lsj_36ep"

@@ -1,0 +1,10 @@
+"""Co-DINO, ResNet-50, 5 scales, 12 epochs, large-scale jitter."""
+
+from ....configs.common.coco_12ep import lr_multiplier, optimizer, train
+from ....configs.common.data.coco_lsj import dataloader
+from ....configs.common.models.co_dino import IMAGENET, model
+
+train.init_backbone = IMAGENET
+optimizer.lr = 2e-4
+dataloader.evaluator.unsuppressed = True
+train.output_dir = "./output/co_dino_r50_5scale_lsj_12ep"

@@ -1,0 +1,24 @@
+"""A small Co-DINO on the generated shapes data set; minutes on a CPU."""
+
+from detectron2.config import LazyCall as L
+
+from dino_d2.backbones import TimmBackbone
+from dino_d2.d2 import CoDETR
+from dino_d2.losses import Criterion
+from dino_d2.models import build_co_detr, build_dino, small
+
+from ....configs.common.shapes_training import dataloader, lr_multiplier, optimizer, train
+
+model = L(CoDETR)(
+    detector=L(build_co_detr)(
+        base=L(build_dino)(
+            backbone=L(TimmBackbone)(**small.SMALL_BACKBONE),
+            num_classes=3,
+            criterion=L(Criterion)(**small.SMALL_CRITERION),
+            **small.SMALL_DINO,
+        ),
+        co_heads={"faster_rcnn": {"fc_dim": 128}, "atss": {}},
+        co_head_weight=0.5,
+    )
+)
+train.output_dir = "./output/co_dino_shapes"
