@@ -72,7 +72,7 @@ def build_dab_detr(
         decoder_layers, embed_dim, num_heads, num_levels, ffn_dim, activation
     )
     indicator = query_content == "shared"
-    return DETR(
+    detector = DETR(
         backbone=backbone,
         neck=Neck(in_features, channels, embed_dim, num_levels, encoding, norm=not dense),
         encoder=encoder,
@@ -83,6 +83,8 @@ def build_dab_detr(
         matcher=matcher or HungarianMatcher(),
         criterion=criterion or Criterion(),
     )
+    _start_as_published(detector, dense)
+    return detector
 
 
 def build_dab_deformable_detr(
@@ -147,3 +149,22 @@ def build_dab_deformable_detr(
         matcher=matcher or HungarianMatcher(),
         criterion=criterion or Criterion(),
     )
+
+
+def _start_as_published(detector: DETR, dense: bool) -> None:
+    """Where the official code starts otherwise than its relatives.
+
+    Projections start as convolutions do. With a deformable encoder, deformable attention and
+    patterns start like every other weight, and boxes not where the anchors are.
+    """
+    for convolution, *_ in detector.neck.projections:
+        convolution.reset_parameters()
+    if dense:
+        return
+    detector.heads.box_heads[0].layers[-1].reset_parameters()
+    weights = [layer.attention.sampling_offsets.weight for layer in detector.encoder.layers]
+    weights += [layer.attention.attention_weights.weight for layer in detector.encoder.layers]
+    if detector.query_source.patterns is not None:
+        weights.append(detector.query_source.patterns)
+    for weight in weights:
+        nn.init.xavier_uniform_(weight)
