@@ -26,6 +26,7 @@ def build_dn_detr(
     decoder_layers: int = 6,
     deformable: bool = False,
     padding_invariant: bool = False,
+    anchor_temperature: float = 10000,
     denoising_groups: int = 5,
     label_noise: float = 0.2,
     center_noise: float = 0.4,
@@ -39,6 +40,7 @@ def build_dn_detr(
     Args:
         deformable: take `build_dab_deformable_detr`, whose published `num_levels` are 4.
         padding_invariant: of the deformable form, see `build_dino`.
+        anchor_temperature: of the other forms.
         denoising_groups: how often an image's objects are noised; 0 trains without denoising.
         label_noise, hide_empty: see `Denoising`.
         center_noise, size_noise: lambda1 and lambda2 of the paper.
@@ -68,4 +70,5 @@ def build_dn_detr(
     if deformable:
         own = {"indicator": True, "padding_invariant": padding_invariant}
         return build_dab_deformable_detr(*common, **own, **rest)
-    return build_dab_detr(*common, activation=activation, query_content="shared", **rest)
+    own = {"query_content": "shared", "anchor_temperature": anchor_temperature}
+    return build_dab_detr(*common, activation=activation, **own, **rest)

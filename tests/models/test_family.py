@@ -270,6 +270,12 @@ def test_sizes_at_the_start(name, size):
     assert all(not head.layers[-1].bias.any() for head in heads[1:])
 
 
+@pytest.mark.parametrize("name", ["dab_detr", "dn_detr", "dn_detr_deformable_encoder"])
+def test_temperature_of_the_anchors(name):
+    assert tiny_detector(name).decoder.placement.temperature == 10000
+    assert tiny_detector(name, anchor_temperature=20).decoder.placement.temperature == 20
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "plain"), [("dn_detr_patterns", False), ("dn_detr_deformable_encoder", True)]
