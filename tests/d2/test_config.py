@@ -212,6 +212,15 @@ def test_the_learning_rate_drops_where_the_recipe_says(name, steps):
     assert [schedule(where) for where in (steps, 1 - 1e-4)] == pytest.approx([0.1, 0.1])
 
 
+@pytest.mark.parametrize("name", ["dab_detr/dab_detr_shapes", "dn_detr/dn_detr_shapes"])
+def test_small_dense_detectors_warm_up(name):
+    from detectron2.config import instantiate
+
+    schedule = instantiate(model_zoo.get_config(name).lr_multiplier)
+    assert [schedule(where) for where in (0, 0.1, 0.2, 0.9)] == pytest.approx([0.01, 0.505, 1, 1])
+    assert schedule(0.99) == pytest.approx(0.1)
+
+
 def values(node):
     """Everything in a config, with the names of what it builds."""
     from detectron2.utils.registry import _convert_target_to_string, locate
