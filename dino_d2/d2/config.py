@@ -8,7 +8,8 @@ from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-# Arguments of the builders in `dino_d2.models`; "" stands for None.
+# Arguments of the builders in `dino_d2.models`; "" stands for None. NUM_DETECTIONS of None
+# are as many as published: 100 for DN-DETR's deformable form, else 300.
 _COMMON = {"NUM_CLASSES": 80, "NUM_QUERIES": 300, "NUM_DETECTIONS": 300}
 _DENSE = {**_COMMON, "IN_FEATURES": ["res5"], "NUM_LEVELS": 1, "NUM_PATTERNS": 0}
 _DEFORMABLE = {**_COMMON, "IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS": 4}
@@ -26,7 +27,7 @@ _YACS = {
         "DECODER_LAYERS": 6,
         "SOFT_NMS": 0.8,
     },
-    "DN_DETR": {**_DENSE, "DEFORMABLE": False, "DENOISING_GROUPS": 5},
+    "DN_DETR": {**_DENSE, "NUM_DETECTIONS": None, "DEFORMABLE": False, "DENOISING_GROUPS": 5},
     "DAB_DETR": _DENSE,
     "DAB_DEFORMABLE_DETR": {**_DEFORMABLE, "NUM_DETECTIONS": 100},
     "DEFORMABLE_DETR": {

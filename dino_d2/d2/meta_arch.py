@@ -81,7 +81,8 @@ class DetrMetaArch(nn.Module):
         is an argument of its builder.
         """
         settings = {name.lower(): value for name, value in cfg.MODEL[cls.yacs_name].items()}
-        num_detections = settings.pop("num_detections")
+        published = 100 if settings.get("deformable") else 300
+        num_detections = settings.pop("num_detections") or published
         soft_nms = settings.pop("soft_nms", 0)
         settings = {name: None if value == "" else value for name, value in settings.items()}
         return {

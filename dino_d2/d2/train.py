@@ -18,7 +18,7 @@ from ..diagnostics.curves import plot_curves
 from .checkpoint import Checkpointer
 from .data import check_num_classes
 from .hooks import InstabilityHook
-from .trainer import PRECISIONS, Trainer
+from .trainer import Trainer, autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
 
@@ -74,9 +74,9 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            _instability_hook(cfg, parallel),  # before the checkpoint that holds its state
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
             hooks.EvalHook(cfg.train.eval_period, run_evaluation),
-            _instability_hook(cfg, parallel),
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
         ]
     )
@@ -105,8 +105,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
-    dtype = PRECISIONS[_precision(cfg)]
-    with torch.autocast(bare.device.type, dtype, enabled=dtype is not None):
+    with autocast(bare.device.type, _precision(cfg)):
         results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results
@@ -129,7 +128,8 @@ def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | Non
     period = cfg.train.instability_period
     if not period:
         return None
-    return InstabilityHook(period, model, instantiate(cfg.dataloader.matching))
+    loader = instantiate(cfg.dataloader.matching)
+    return InstabilityHook(period, model, loader, _precision(cfg))
 
 
 def _precision(cfg: DictConfig) -> str:

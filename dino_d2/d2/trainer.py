@@ -12,6 +12,12 @@ from torch import Tensor, nn
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """What a forward pass in this precision runs under, see `Trainer`."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)
+
+
 class Trainer(SimpleTrainer):
     """Detectron2's trainer with a step of its own.
 
@@ -39,15 +45,15 @@ class Trainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-        self.device_type, self.dtype, self.max_norm = device_type, PRECISIONS[precision], max_norm
-        self.scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == torch.float16)
+        self.device_type, self.precision, self.max_norm = device_type, precision, max_norm
+        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "float16")
 
     def run_step(self) -> None:
         """Forward, backward, check, clip, step."""
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+        with autocast(self.device_type, self.precision):
             losses = self.model(batch)
         self.optimizer.zero_grad()
         self.scaler.scale(sum(losses.values())).backward()

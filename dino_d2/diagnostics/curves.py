@@ -20,7 +20,7 @@ def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
     left, right = figure.subplots(1, 2)
     for axes, names, title in ((left, _LOSSES, "loss"), (right, _METRICS, "AP on the test set")):
         for name in names:
-            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            points = points_of(lines, name)
             if points:
                 style = "o" if len(points) == 1 else "-"  # a line of one point is invisible
                 axes.plot(*zip(*points, strict=True), style, label=name.removeprefix("bbox/"))
@@ -33,6 +33,11 @@ def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
     right.set_ylim(0, 100)
     figure.tight_layout()
     figure.savefig(out, dpi=120)
+
+
+def points_of(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    """(iteration, value) wherever a metric was written, see `read_metrics`."""
+    return [(line["iteration"], line[name]) for line in lines if name in line]
 
 
 def read_metrics(path: str | PathLike) -> list[dict]:

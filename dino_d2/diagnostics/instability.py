@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..types import Assignment
-from .curves import read_metrics
+from .curves import points_of, read_metrics
 
 
 def matched_objects(
@@ -46,22 +46,23 @@ def instability(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def plot_instability(runs: Mapping[str, str | PathLike], out: str | PathLike) -> None:
-    """Draw IS over training for runs side by side.
+    """Draw IS and AP over training for runs side by side.
 
     Args:
         runs: `metrics.json` of each run, by the name to show.
         out: file to write.
     """
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    for name, metrics in runs.items():
-        lines = [line for line in read_metrics(metrics) if "instability" in line]
-        points = [(line["iteration"], line["instability"]) for line in lines]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="iteration", ylabel="IS", title="instability of the matching")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    lines = {name: read_metrics(metrics) for name, metrics in runs.items()}
+    figure = Figure(figsize=(11, 4))
+    panels = {"instability": "instability of the matching (IS)", "bbox/AP": "AP on the test set"}
+    for axes, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for index, (name, of_run) in enumerate(lines.items()):
+            points = points_of(of_run, metric)
+            if points:
+                axes.plot(*zip(*points, strict=True), f"C{index}o-", label=name)
+        axes.set(xlabel="iteration", title=title)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
     figure.tight_layout()
     figure.savefig(out, dpi=120)

@@ -4,15 +4,19 @@
 SMALL_BACKBONE = {"name": "resnet10t", "strides": (8, 16)}
 
 # of the builders of dense and of deformable detectors
+_SMALL = {"num_queries": 40, "embed_dim": 96, "ffn_dim": 384, "decoder_layers": 2}
 SMALL_DENSE = {
+    **_SMALL,
     "in_features": ("stride16",),
-    "num_queries": 40,
-    "embed_dim": 96,
-    "ffn_dim": 384,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "anchor_temperature": 20,
 }
-SMALL_DEFORMABLE = {**SMALL_DENSE, "in_features": ("stride8", "stride16"), "num_levels": 3}
+SMALL_DEFORMABLE = {
+    **_SMALL,
+    "in_features": ("stride8", "stride16"),
+    "num_levels": 3,
+    "encoder_layers": 2,
+}
 
 # of `build_dino`
 SMALL_DINO = {**SMALL_DEFORMABLE, "denoising_queries": 80}

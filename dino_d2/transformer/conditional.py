@@ -108,8 +108,9 @@ class ConditionalPositions(nn.Module):
     on, and its axes by a size that the content asks for, relative to the anchor's.
     """
 
-    def __init__(self, embed_dim: int):
+    def __init__(self, embed_dim: int, temperature: float = 10000):
         super().__init__()
+        self.temperature = temperature
         self.mlp = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
         self.scale = MLP(embed_dim, embed_dim, embed_dim, 2)
         self.size = MLP(embed_dim, embed_dim, 2, 2)
@@ -119,7 +120,8 @@ class ConditionalPositions(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Positions and sine (B, Q, D) for layer `index`."""
         embed_dim = content.shape[-1]
-        encoded = encode_boxes(queries.anchors, embed_dim // 2).to(content.dtype)  # y, x, w, h
+        encoded = encode_boxes(queries.anchors, embed_dim // 2, self.temperature)  # y, x, w, h
+        encoded = encoded.to(content.dtype)
         positions = self.mlp(encoded)
         y, x = encoded[..., :embed_dim].chunk(2, -1)
         own = queries.anchors[..., 2:].clamp(min=1e-6)  # co-heads may give boxes without a size

@@ -70,6 +70,7 @@ class Denoising(nn.Module):
     """
 
     repeats_per_group = 1
+    takes_pair = True  # as box_noise
     empty_is_background = False  # empty slots have no loss
 
     def __init__(
@@ -89,6 +90,9 @@ class Denoising(nn.Module):
             raise ValueError("give either num_queries or num_groups")
         if max_queries < self.repeats_per_group:
             raise ValueError(f"max_queries {max_queries} leaves no room for a single object")
+        if isinstance(box_noise, Sequence) and not (self.takes_pair and len(box_noise) == 2):
+            allowed = "a number or a pair" if self.takes_pair else "a number"
+            raise ValueError(f"box_noise of {type(self).__name__} must be {allowed}: {box_noise}")
         self.num_classes = num_classes
         self.num_queries, self.num_groups, self.max_queries = num_queries, num_groups, max_queries
         self.label_noise, self.box_noise = label_noise, box_noise
@@ -202,6 +206,7 @@ class ContrastiveDenoising(Denoising):
     """
 
     repeats_per_group = 2
+    takes_pair = False
     empty_is_background = True
 
     def noise_boxes(self, boxes: Tensor, noise: Noise) -> Tensor:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import tiny_detector
 
+from dino_d2 import model_zoo
+
 pytestmark = pytest.mark.detectron2
 
 
 @pytest.fixture
 def cfg():
-    from dino_d2 import model_zoo
-
     return model_zoo.get_config("dino/dino_r50_4scale_12ep")
 
 
@@ -90,6 +90,13 @@ def test_an_overridden_model_is_built_accordingly(cfg):
 def test_a_misspelt_key_is_an_error_that_suggests_the_right_one(cfg, key, suggestion):
     with pytest.raises(KeyError, match=f"{key}.*did you mean '{suggestion}'"):
         override(cfg, f"{key}=1")
+
+
+@pytest.mark.parametrize("name", [n for n in model_zoo.list_configs() if n.endswith("_shapes")])
+def test_a_misspelt_argument_is_found_before_anything_is_built(name):
+    key = "model.detector.encoder_layrs"
+    with pytest.raises(KeyError, match=f"{key}.*did you mean 'encoder_layers'"):
+        override(model_zoo.get_config(name), f"{key}=1")
 
 
 def test_without_a_similar_key_all_are_listed(cfg):
@@ -177,8 +184,6 @@ def test_the_shipped_optimizer_trains_the_backbone_at_a_tenth(cfg):
 
 @pytest.mark.parametrize("name", ["deformable_detr", "deformable_detr_two_stage"])
 def test_deformable_detr_samples_at_a_tenth_of_the_rate(name):
-    from dino_d2 import model_zoo
-
     rates = learning_rates(model_zoo.get_config("deformable_detr/deformable_detr_r50_50ep"), name)
     slow = r"\.backbone\.|\.sampling_offsets\.|\.query_source\.reference\."
     for parameter, rate in rates.items():
@@ -202,11 +207,18 @@ def test_the_learning_rate_is_set_in_one_place(cfg):
 def test_the_learning_rate_drops_where_the_recipe_says(name, steps):
     from detectron2.config import instantiate
 
-    from dino_d2 import model_zoo
-
     schedule = instantiate(model_zoo.get_config(name).lr_multiplier)
     assert [schedule(where) for where in (0, steps - 1e-4)] == [1, 1]
     assert [schedule(where) for where in (steps, 1 - 1e-4)] == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize("name", ["dab_detr/dab_detr_shapes", "dn_detr/dn_detr_shapes"])
+def test_small_dense_detectors_warm_up(name):
+    from detectron2.config import instantiate
+
+    schedule = instantiate(model_zoo.get_config(name).lr_multiplier)
+    assert [schedule(where) for where in (0, 0.1, 0.2, 0.9)] == pytest.approx([0.01, 0.505, 1, 1])
+    assert schedule(0.99) == pytest.approx(0.1)
 
 
 def values(node):
@@ -235,16 +247,16 @@ def test_a_saved_config_loads_again(cfg, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "builders"),
+    ("key", "builder"),
     [
-        ("DINO", ["dino"]),
-        ("DN_DETR", ["dn_detr", "dab_detr"]),  # which takes further arguments
-        ("DAB_DETR", ["dab_detr"]),
-        ("DAB_DEFORMABLE_DETR", ["dab_deformable_detr"]),
-        ("DEFORMABLE_DETR", ["deformable_detr"]),
+        ("DINO", "dino"),
+        ("DN_DETR", "dn_detr"),
+        ("DAB_DETR", "dab_detr"),
+        ("DAB_DEFORMABLE_DETR", "dab_deformable_detr"),
+        ("DEFORMABLE_DETR", "deformable_detr"),
     ],
 )
-def test_yacs_keys_are_the_defaults_of_the_model(key, builders):
+def test_yacs_keys_are_the_defaults_of_the_model(key, builder):
     import inspect
 
     from detectron2.config import get_cfg
@@ -258,9 +270,7 @@ def test_yacs_keys_are_the_defaults_of_the_model(key, builders):
     keys.pop("DENOISING_QUERIES", None)  # the builder's default depends on its other arguments
     assert (keys.pop("IN_FEATURES"), keys.pop("NUM_DETECTIONS")) == (
         ["res5"] if keys["NUM_LEVELS"] == 1 else ["res3", "res4", "res5"],
-        100 if "DEFORMABLE" in key else 300,
+        {"DINO": 300, "DN_DETR": None, "DAB_DETR": 300}.get(key, 100),
     )
-    parameters = {}
-    for builder in reversed(builders):
-        parameters.update(inspect.signature(getattr(models, f"build_{builder}")).parameters)
+    parameters = inspect.signature(getattr(models, f"build_{builder}")).parameters
     assert keys == {name: parameters[name.lower()].default for name in keys}

@@ -51,12 +51,25 @@ def test_a_run_logs_the_instability(tmp_path, matchings):
     assert max(by_hand.values()) > 0
 
 
-def make_hook(period, loader, max_iter=100):
+def test_a_resumed_run_goes_on(tmp_path):
+    """Its first matching compares with the last one before."""
+    from dino_d2.d2 import train
+
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    for steps in (1, 2):
+        cfg = make_config(out, data, steps, "train.instability_period=1")
+        del cfg.dataloader.evaluator
+        train(cfg, resume=True)
+    lines = map(json.loads, (out / "metrics.json").read_text().splitlines())
+    assert [line["iteration"] for line in lines if "instability" in line] == [1]
+
+
+def make_hook(period, loader, max_iter=100, precision="float32"):
     from detectron2.utils.events import EventStorage
 
     from dino_d2.d2.hooks import InstabilityHook
 
-    hook = InstabilityHook(period, SimpleNamespace(module=tiny_model()), loader)
+    hook = InstabilityHook(period, SimpleNamespace(module=tiny_model()), loader, precision)
     hook.trainer = SimpleNamespace(iter=0, max_iter=max_iter, storage=EventStorage())
     return hook
 
@@ -92,6 +105,38 @@ def test_the_model_goes_on_training_as_it_was():
     assert not any(module.training for module in hook.model.modules())
 
 
+def test_training_draws_the_same_random_numbers():
+    hook = make_hook(1, torch.utils.data.DataLoader([[make_input()]], None))
+    before = torch.get_rng_state()
+    after_step(hook, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("float32", (False,)), ("bfloat16", (True, torch.bfloat16))]
+)
+def test_it_matches_in_the_precision_of_evaluation(monkeypatch, precision, expected):
+    hook, seen = make_hook(1, [0], precision=precision), []
+
+    def match(batch):
+        seen.extend([torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")])
+        return np.array([[0]])
+
+    monkeypatch.setattr(hook.model, "match", match)
+    after_step(hook, 0)
+    assert tuple(seen[: len(expected)]) == expected
+
+
+def test_a_state_is_that_of_the_last_matching(monkeypatch):
+    first, second = make_hook(1, [0]), make_hook(1, [0])
+    assert first.state_dict() == {}
+    monkeypatch.setattr(first.model, "match", lambda batch: np.array([[0, -1], [-1, -1]]))
+    monkeypatch.setattr(second.model, "match", lambda batch: np.array([[-1, 0], [-1, -1]]))
+    after_step(first, 0)
+    second.load_state_dict(first.state_dict())
+    assert after_step(second, 1) == (1, 1)
+
+
 def test_images_count_the_same_whatever_their_batch(monkeypatch):
     """Nothing is logged the first time. Then one of three images has two changes."""
     hook = make_hook(1, [0, 1])
@@ -108,9 +153,11 @@ def test_a_process_without_images_takes_part(monkeypatch):
     from dino_d2.d2 import hooks
 
     hook = make_hook(1, [])
-    monkeypatch.setattr(hooks.comm, "all_gather", lambda found: [found, [(2.0, 3), (4.0, 1)]])
+    others = [np.array([0, -1]), np.array([-1, -1])]
+    monkeypatch.setattr(hooks.comm, "all_gather", lambda own: [own, others])
     after_step(hook, 0)
-    assert after_step(hook, 1) == (2.5, 1)
+    others[0] = np.array([-1, 0])
+    assert after_step(hook, 1) == (1, 1)
 
 
 def test_matching_of_detectron2s_inputs():

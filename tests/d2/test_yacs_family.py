@@ -108,6 +108,13 @@ def test_keys_of_co_detr():
         build("CoDETR", BASE="detr")
 
 
+def test_detections_of_dn_detr_are_as_many_as_published():
+    levels = {"IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS": 4}
+    assert build("DNDETR", NUM_DETECTIONS=None).num_detections == 300
+    assert build("DNDETR", NUM_DETECTIONS=None, DEFORMABLE=True, **levels).num_detections == 100
+    assert build("DNDETR", NUM_DETECTIONS=7, DEFORMABLE=True, **levels).num_detections == 7
+
+
 def test_keys_of_deformable_detr():
     detector = build("DeformableDETR").detector
     assert not detector.decoder.refine

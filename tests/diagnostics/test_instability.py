@@ -79,16 +79,19 @@ def test_runs_are_drawn_side_by_side(tmp_path, figures):
     measured = [{"iteration": 4, "instability": 3.0}, {"iteration": 9, "instability": 2.5}]
     runs = {
         "DAB-DETR": write_metrics(tmp_path / "dab.json", lines[:4] + measured),
-        "DN-DETR": write_metrics(tmp_path / "dn.json", measured[:1]),
+        "DN-DETR": write_metrics(tmp_path / "dn.json", [{**measured[0], "bbox/AP": 7.0}]),
         "without": write_metrics(tmp_path / "without.json", lines),
     }
     plot_instability(runs, tmp_path / "is.png")
     with Image.open(tmp_path / "is.png") as picture:
         assert picture.format == "PNG"
-    (axes,) = figures[0].axes
+    axes, right = figures[0].axes
     assert [line.get_label() for line in axes.lines] == ["DAB-DETR", "DN-DETR"]
     assert axes.lines[0].get_xydata().tolist() == [[4, 3], [9, 2.5]]
     assert axes.lines[1].get_marker() == "o", "a single value is visible"
+    (line,) = right.lines
+    assert line.get_xydata().tolist() == [[4, 7]]
+    assert line.get_color() == axes.lines[1].get_color(), "a run has one colour"
     assert not pyplot.get_fignums()
 
 
@@ -96,5 +99,5 @@ def test_runs_are_drawn_side_by_side(tmp_path, figures):
 def test_nothing_to_draw(tmp_path, figures, text):
     (tmp_path / "metrics.json").write_text(text)
     plot_instability({"run": tmp_path / "metrics.json"}, tmp_path / "is.png")
-    assert not figures[0].axes[0].lines
+    assert not any(axes.lines for axes in figures[0].axes)
     assert (tmp_path / "is.png").stat().st_size

@@ -270,12 +270,41 @@ def test_sizes_at_the_start(name, size):
     assert all(not head.layers[-1].bias.any() for head in heads[1:])
 
 
+@pytest.mark.parametrize("name", ["dab_detr", "dn_detr", "dn_detr_deformable_encoder"])
+def test_temperature_of_the_anchors(name):
+    assert tiny_detector(name).decoder.placement.temperature == 10000
+    assert tiny_detector(name, anchor_temperature=20).decoder.placement.temperature == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "plain"), [("dn_detr_patterns", False), ("dn_detr_deformable_encoder", True)]
+)
+def test_weights_at_the_start(name, plain):
+    """The official form with a deformable encoder has no special start of its own."""
+    build, settings = FAMILY[name]
+    model = build(StubBackbone(), **{**SETTINGS, **settings})
+    for convolution, *_ in model.neck.projections:
+        bound = convolution.weight[0].numel() ** -0.5
+        assert 0.9 * bound < convolution.weight.abs().max() <= bound
+        assert convolution.bias.any()
+    assert model.heads.box_heads[0].layers[-1].weight.any() == plain
+    patterns = model.query_source.patterns
+    assert (patterns.abs().max() <= (6 / sum(patterns.shape)) ** 0.5) == plain
+    if plain:
+        for layer in model.encoder.layers:
+            assert layer.attention.sampling_offsets.weight.any()
+            assert layer.attention.attention_weights.weight.any()
+            assert layer.attention.sampling_offsets.bias.abs().max() == SETTINGS["num_points"]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
         ("deformable_detr", {"two_stage": True}, "two_stage needs box_refinement"),
         ("dab_detr", {"query_content": "nonsense"}, "but is 'nonsense'"),
         ("dab_detr", {"in_features": ["res5"]}, r"no feature maps \['res5'\], only"),
+        ("dn_detr", {"activation": "gelu"}, r"activation must be in \[.*\], not 'gelu'"),
     ],
 )
 def test_wrong_settings_are_errors(name, settings, message):

@@ -136,15 +136,15 @@ def test_layers_of_one_level_have_nothing_to_mix():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", [0, 1, 4])
-def test_positions_equal_a_literal_computation(index):
+@pytest.mark.parametrize(("index", "temperature"), [(0, 10000), (1, 10000), (4, 10000), (1, 20)])
+def test_positions_equal_a_literal_computation(index, temperature):
     """The centre's encoding is weighed from the second layer on, and modulated by the size."""
-    placement = add_noise(ConditionalPositions(DIM).double(), 0.3)
+    placement = add_noise(ConditionalPositions(DIM, temperature).double(), 0.3)
     content, anchors = random(2, 5, DIM), torch.rand(2, 5, 4, dtype=torch.float64) * 0.8 + 0.1
     positions, sine = placement(index, content, Queries(content, anchors), memory())
     for image, query in np.ndindex(2, 5):
         x, y, width, height = anchors[image, query].tolist()
-        codes = [sine_loop(2 * np.pi * c, DIM // 2, 10000) for c in (y, x, width, height)]
+        codes = [sine_loop(2 * np.pi * c, DIM // 2, temperature) for c in (y, x, width, height)]
         code = torch.from_numpy(np.concatenate(codes))
         torch.testing.assert_close(positions[image, query], placement.mlp(code))
         scale = placement.scale(content[image, query]) if index else torch.ones(DIM).double()

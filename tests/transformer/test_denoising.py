@@ -268,6 +268,18 @@ def test_either_queries_or_groups_are_given(how):
         Denoising(NUM_CLASSES, 4, **how)
 
 
+@pytest.mark.parametrize(
+    ("kind", "box_noise", "allowed"),
+    [
+        (ContrastiveDenoising, (0.4, 0.2), "a number"),
+        (Denoising, (0.4, 0.2, 0.1), "a number or a pair"),
+    ],
+)
+def test_box_noise_of_too_many_numbers_is_an_error(kind, box_noise, allowed):
+    with pytest.raises(ValueError, match=f"box_noise of {kind.__name__} must be {allowed}: "):
+        make(kind, num_groups=1, box_noise=box_noise)
+
+
 def test_a_bound_below_one_object_is_an_error():
     with pytest.raises(ValueError, match="max_queries 1 leaves no room"):
         ContrastiveDenoising(NUM_CLASSES, 4, num_queries=10, max_queries=1)

@@ -7,7 +7,7 @@ from dino_d2.d2 import DNDETR
 from dino_d2.losses import Criterion
 from dino_d2.models import build_dn_detr, small
 
-from ....configs.common.shapes_training import dataloader, lr_multiplier, optimizer, train
+from ....configs.common.dense_shapes_training import dataloader, lr_multiplier, optimizer, train
 
 model = L(DNDETR)(
     detector=L(build_dn_detr)(
