@@ -2,19 +2,18 @@
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from ..box_ops import xyxy_to_cxcywh
 from ..types import Detections, Target
+from .check import load_checked, read_entry
+from .images import resolve
 
 # The 80 of the ids 1..90 that COCO uses, in the order of Detectron2's contiguous classes.
 COCO_CATEGORY_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -31,40 +30,40 @@ class Example(NamedTuple):
 
 
 class CocoBoxes(torch.utils.data.Dataset):
-    """The images and boxes of a COCO-format json; crowd regions and empty boxes are left out.
+    """The images and boxes of a COCO-format json; crowd regions and unusable boxes are left out.
 
-    Classes are numbered from 0 in the order of the json's category ids.
+    Classes are numbered from 0 in the order of the json's category ids. What the checks of the
+    data find is in `findings`.
+
+    Raises:
+        DataError: the data cannot be used; also when an image is read.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path):
-        content = json.loads(Path(annotations).read_text())
-        self.root = Path(images)
-        self.images = content["images"]
-        self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        checked = load_checked(annotations, images)
+        self.root, self.findings = checked.images, checked.findings
+        self.images, self.categories = checked.content["images"], checked.content["categories"]
         self.category_ids = [category["id"] for category in self.categories]
         self.objects = {image["id"]: [] for image in self.images}
-        for entry in content["annotations"]:
-            if not entry.get("iscrowd", 0):
+        for entry in checked.content["annotations"]:
+            if not entry["iscrowd"]:
                 self.objects[entry["image_id"]].append(entry)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        facts = self.images[index]
-        with Image.open(self.root / facts["file_name"]) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
-        image = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-        objects = self.objects[facts["id"]]
+        entry = self.images[index]
+        pixels = read_entry(entry, resolve(self.root, entry["file_name"]))
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        objects = self.objects[entry["id"]]
         labels = [self.category_ids.index(entry["category_id"]) for entry in objects]
         corners = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32)
         corners = corners.reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
         boxes = xyxy_to_cxcywh((corners / size).clamp(0, 1))
-        visible = (boxes[:, 2:] > 0).all(1)
-        target = Target(torch.tensor(labels, dtype=torch.int64)[visible], boxes[visible])
-        return Example(image, target, facts["id"])
+        return Example(image, Target(torch.tensor(labels, dtype=torch.int64), boxes), entry["id"])
 
 
 def to_coco_results(
