@@ -1,11 +1,34 @@
-"""Data sets for Detectron2's loaders: registered names, or any COCO-format json."""
+"""Data sets for Detectron2's loaders: registered names, or any COCO-format json; all checked."""
 
+import copy
+import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T  # noqa: N812 -- Detectron2's own name for it
+from detectron2.data.build import (
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import (
+    annotations_to_instances,
+    check_metadata_consistency,
+    filter_empty_instances,
+    transform_instance_annotations,
+)
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode
+
+from ..data.annotations import check_annotations, write_annotations
+from ..data.check import Checked, load_checked, read_entry
+from ..data.findings import DataError, Findings
+
+logger = logging.getLogger("detectron2.dino_d2")
 
 
 def register_if_file(name: str) -> str:
@@ -35,12 +58,64 @@ def register_if_file(name: str) -> str:
 def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> list[dict]:
     """Detectron2's dicts of one or more data sets, given as `register_if_file` takes them.
 
-    Images without objects stay by default: they are part of DETR's training.
+    Everything is checked; what is dropped or converted is logged. Images without objects stay by
+    default: they are part of DETR's training. Masks and keypoints of a json are left out.
+
+    Raises:
+        DataError: data cannot be used; the message names file, image and annotation ids, and field.
     """
-    names = [names] if isinstance(names, str) else list(names)
-    return get_detection_dataset_dicts(
-        [register_if_file(name) for name in names], filter_empty=filter_empty
-    )
+    names = [register_if_file(name) for name in ([names] if isinstance(names, str) else names)]
+    sources = [source for name in names for source in _load(name)]
+    check_metadata_consistency("thing_classes", names)
+    if filter_empty:
+        sources = filter_images_with_only_crowd_annotations(sources)
+    if not sources:
+        raise DataError(f"{', '.join(names)}: there are no images")
+    if "annotations" in sources[0]:
+        print_instances_class_histogram(sources, MetadataCatalog.get(names[0]).thing_classes)
+    return sources
+
+
+class CheckedMapper:
+    """From an entry of a data set to what a detector takes, as Detectron2's `DatasetMapper`.
+
+    It differs in reading images by this package's checks: what cannot be read as 8-bit RGB of the
+    stated size is an error that names the image.
+
+    Args:
+        is_train: whether annotations become "instances"; else they are left out.
+        augmentations: Detectron2's, in their order.
+        image_format: "RGB" or "BGR".
+    """
+
+    def __init__(self, is_train: bool, augmentations: Sequence, image_format: str = "RGB"):
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be RGB or BGR, not {image_format!r}")
+        self.is_train, self.image_format = is_train, image_format
+        self.augmentations = T.AugmentationList(list(augmentations))
+
+    def __call__(self, source: dict) -> dict:
+        """The entry with "image", (3, H, W) uint8, and in training "instances"."""
+        source = copy.deepcopy(source)
+        try:
+            pixels = read_entry(source, source["file_name"])
+        except DataError as error:
+            raise DataError(f"image {source.get('image_id')}: {error}") from error
+        source["height"], source["width"] = pixels.shape[:2]
+        given = T.AugInput(pixels if self.image_format == "RGB" else pixels[:, :, ::-1])
+        transforms = self.augmentations(given)
+        image = np.ascontiguousarray(given.image.transpose(2, 0, 1))
+        source["image"] = torch.as_tensor(image)
+        entries = source.pop("annotations", None)
+        if self.is_train and entries is not None:
+            objects = [
+                transform_instance_annotations(entry, transforms, image.shape[1:])
+                for entry in entries
+                if not entry.get("iscrowd", 0)
+            ]
+            instances = annotations_to_instances(objects, image.shape[1:])
+            source["instances"] = filter_empty_instances(instances)  # a crop may miss objects
+        return source
 
 
 def coco_evaluator(
@@ -48,14 +123,24 @@ def coco_evaluator(
 ) -> COCOEvaluator:
     """Detectron2's COCOEvaluator for boxes on a data set as `register_if_file` takes it.
 
+    Annotations that the checks drop are no ground truth.
+
     Raises:
         ValueError: several data sets; they cannot be evaluated as one.
+        DataError: see `load_datasets`.
     """
     if not isinstance(dataset_name, str):
         if len(dataset_name) != 1:
             raise ValueError(f"evaluate one data set at a time, not {list(dataset_name)}")
         (dataset_name,) = dataset_name
-    return COCOEvaluator(register_if_file(dataset_name), ("bbox",), output_dir=output_dir)
+    name = register_if_file(dataset_name)
+    if _has_coco_json(name):
+        checked = _load_checked(name)
+        if checked.changed:
+            with tempfile.TemporaryDirectory() as folder:  # the evaluator reads at once
+                name = _register_changed(name, checked, folder)
+                return COCOEvaluator(name, ("bbox",), output_dir=output_dir)
+    return COCOEvaluator(name, ("bbox",), output_dir=output_dir)
 
 
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
@@ -71,3 +156,104 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
                 f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}...), the "
                 f"model has {num_classes}; set model.detector.num_classes={len(classes)}"
             )
+
+
+def _load(name: str) -> list[dict]:
+    """The checked dicts of one registered data set."""
+    if _has_coco_json(name):
+        checked = _load_checked(name)
+        _log(checked.findings)
+        return to_dicts(checked)
+    sources = DatasetCatalog.get(name)
+    annotated = bool(sources) and "annotations" in sources[0]
+    return _check_dicts(name, sources) if annotated else sources
+
+
+def _has_coco_json(name: str) -> bool:
+    """Whether a data set is a COCO-format json with annotations; COCO's others are "image_info"."""
+    metadata = MetadataCatalog.get(name)
+    json = str(metadata.get("json_file", ""))
+    return metadata.get("evaluator_type") == "coco" and json != "" and "image_info" not in json
+
+
+def _load_checked(name: str) -> Checked:
+    """A data set's json, and its classes in Detectron2's metadata."""
+    metadata = MetadataCatalog.get(name)
+    checked = load_checked(metadata.json_file, metadata.image_root)
+    ids = [category["id"] for category in checked.content["categories"]]
+    metadata.set(
+        thing_classes=checked.classes,
+        thing_dataset_id_to_contiguous_id={number: i for i, number in enumerate(ids)},
+    )
+    return checked
+
+
+def to_dicts(checked: Checked) -> list[dict]:
+    """Detectron2's dicts of a checked data set, in the order of the image ids."""
+    numbers = {c["id"]: i for i, c in enumerate(checked.content["categories"])}
+    found = {
+        image["id"]: {
+            "file_name": str(checked.images / image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for image in sorted(checked.content["images"], key=lambda image: image["id"])
+    }
+    for entry in checked.content["annotations"]:
+        fields = {name: entry[name] for name in ("iscrowd", "bbox")}
+        number = numbers[entry["category_id"]]
+        fields |= {"category_id": number, "bbox_mode": BoxMode.XYWH_ABS}
+        found[entry["image_id"]]["annotations"].append(fields)
+    return list(found.values())
+
+
+def _check_dicts(name: str, sources: list[dict]) -> list[dict]:
+    """Check what a registered function returned, by the rules for jsons."""
+    findings = Findings(f"data set {name!r}")
+    entries = [
+        {**entry, "id": number, "image_id": source["image_id"], "bbox": _as_xywh(entry)}
+        for number, (source, entry) in enumerate(
+            ((source, entry) for source in sources for entry in source["annotations"]), start=1
+        )
+    ]
+    classes = MetadataCatalog.get(name).get("thing_classes", ())
+    content = {
+        "images": [{**source, "id": source["image_id"]} for source in sources],
+        "annotations": entries,
+        "categories": [{"id": i, "name": class_name} for i, class_name in enumerate(classes)],
+    }
+    kept = {entry["id"] for entry in check_annotations(content, findings)["annotations"]}
+    findings.raise_errors()
+    _log(findings)
+    number = iter(range(1, len(entries) + 1))
+    return [
+        {**source, "annotations": [e for e in source["annotations"] if next(number) in kept]}
+        for source in sources
+    ]
+
+
+def _as_xywh(entry: dict) -> list[float] | None:
+    box = entry.get("bbox")
+    if box is None or len(box) != 4:
+        return box
+    return list(map(float, BoxMode.convert(list(box), entry["bbox_mode"], BoxMode.XYWH_ABS)))
+
+
+def _register_changed(name: str, checked: Checked, folder: str) -> str:
+    """Write what is usable of a data set into a folder and give it a name of its own."""
+    alias = f"{name} (checked)"
+    path = Path(folder) / "annotations.json"
+    write_annotations(checked.content, path)
+    metadata = MetadataCatalog.get(name).as_dict() | {"json_file": str(path), "name": alias}
+    if alias in MetadataCatalog:
+        MetadataCatalog.remove(alias)
+    MetadataCatalog.get(alias).set(**metadata)
+    return alias
+
+
+def _log(findings: Findings) -> None:
+    for finding in findings.all():
+        level = logging.INFO if finding.level == "note" else logging.WARNING
+        logger.log(level, "%s: %s", findings.source, finding)

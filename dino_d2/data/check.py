@@ -140,7 +140,7 @@ def read_entry(entry: dict, path: str | os.PathLike) -> np.ndarray:
     What is converted is logged, every reason once per process.
 
     Args:
-        entry: its "width", "height" and "file_name".
+        entry: its "file_name", for messages, and "width" and "height" where they are known.
 
     Raises:
         DataError: the file cannot be read or has another size.
@@ -165,7 +165,7 @@ def _log_once(remark: str, path: str | os.PathLike) -> None:
 
 def size_problem(entry: dict, facts: ImageFacts) -> str:
     """How a json's width and height differ from the file's, or ""."""
-    stated = (entry["width"], entry["height"])
+    stated = (entry.get("width", facts.size[0]), entry.get("height", facts.size[1]))
     if stated == facts.size:
         return ""
     problem = f"{entry['file_name']}: {stated[0]} x {stated[1]} in the json, " \
