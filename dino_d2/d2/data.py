@@ -23,9 +23,12 @@ from detectron2.data.detection_utils import (
 )
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..checkpoint import ClassNames
 from ..data.annotations import check_annotations, write_annotations
 from ..data.check import Checked, load_checked, read_entry
+from ..data.coco import read_class_names
 from ..data.findings import DataError, Findings
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -118,6 +121,23 @@ class CheckedMapper:
         return source
 
 
+def scale_sizes(config: DictConfig | ListConfig, factor: float) -> None:
+    """Multiply all sizes in pixels within augmentations of a config, by name; round them.
+
+    For images whose objects are of another scale than COCO's.
+    """
+    for key in config if OmegaConf.is_dict(config) else range(len(config)):
+        if OmegaConf.is_interpolation(config, key):
+            continue
+        value = config[key]
+        if key in ("short_edge_length", "max_size", "crop_size"):
+            several = not isinstance(value, int)
+            scaled = [round(v * factor) for v in (value if several else [value])]
+            config[key] = scaled if several else scaled[0]
+        elif OmegaConf.is_config(value):
+            scale_sizes(value, factor)
+
+
 def coco_evaluator(
     dataset_name: str | Sequence[str], output_dir: str | None = None
 ) -> COCOEvaluator:
@@ -156,6 +176,13 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
                 f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}...), the "
                 f"model has {num_classes}; set model.detector.num_classes={len(classes)}"
             )
+
+
+def class_names(given: str, loader: DictConfig) -> ClassNames:
+    """The classes of weights, as `read_class_names` takes them, and of a config's train loader."""
+    names = loader.dataset.names
+    name = names if isinstance(names, str) else names[0]
+    return ClassNames(read_class_names(given), MetadataCatalog.get(name).thing_classes)
 
 
 def _load(name: str) -> list[dict]:

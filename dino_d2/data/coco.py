@@ -12,11 +12,27 @@ from torch import Tensor
 
 from ..box_ops import xyxy_to_cxcywh
 from ..types import Detections, Target
+from .annotations import read_annotations
 from .check import load_checked, read_entry
 from .images import resolve
 
 # The 80 of the ids 1..90 that COCO uses, in the order of Detectron2's contiguous classes.
 COCO_CATEGORY_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+COCO_CLASSES = (
+    """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+vase, scissors, teddy bear, hair drier, toothbrush
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 
 _AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -64,6 +80,22 @@ class CocoBoxes(torch.utils.data.Dataset):
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
         boxes = xyxy_to_cxcywh((corners / size).clamp(0, 1))
         return Example(image, Target(torch.tensor(labels, dtype=torch.int64), boxes), entry["id"])
+
+
+def read_class_names(source: str | Path) -> list[str]:
+    """Names of classes in the order of their numbers.
+
+    Args:
+        source: "coco" for the 80 of COCO; "coco91" for rows that are COCO's category ids, 0 to 90,
+            with "" for those of no class; or a COCO-format json.
+    """
+    if source == "coco":
+        return COCO_CLASSES
+    if source == "coco91":
+        names = dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True))
+        return [names.get(number, "") for number in range(91)]
+    categories = sorted(read_annotations(source)["categories"], key=lambda entry: entry["id"])
+    return [category["name"] for category in categories]
 
 
 def to_coco_results(
