@@ -118,3 +118,15 @@ def focal_loss_loop(logits, scores, alpha, gamma):
         p_t, alpha_t = (p, alpha) if scores[index] == 1 else (1 - p, 1 - alpha)
         losses[index] = -alpha_t * (1 - p_t) ** gamma * math.log(p_t)
     return losses
+
+
+def federated_classes_loop(weights, labels, num_classes, rng):
+    """The classes of the objects, and others drawn one after the other by their weights."""
+    chosen = sorted(set(labels))
+    while len(chosen) < num_classes:
+        left = [k for k, weight in enumerate(weights) if weight > 0 and k not in chosen]
+        if not left:
+            break
+        chances = np.array([weights[k] for k in left])
+        chosen.append(int(rng.choice(left, p=chances / chances.sum())))
+    return set(chosen)

@@ -31,6 +31,8 @@ from ..data.check import Checked, load_checked, read_entry
 from ..data.coco import read_class_names
 from ..data.findings import DataError, Findings
 
+_FIELDS = ("bbox", "bbox_mode", "category_id")  # of an object, that training uses
+
 logger = logging.getLogger("detectron2.dino_d2")
 
 
@@ -112,7 +114,9 @@ class CheckedMapper:
         entries = source.pop("annotations", None)
         if self.is_train and entries is not None:
             objects = [
-                transform_instance_annotations(entry, transforms, image.shape[1:])
+                transform_instance_annotations(
+                    {name: entry[name] for name in _FIELDS}, transforms, image.shape[1:]
+                )
                 for entry in entries
                 if not entry.get("iscrowd", 0)
             ]

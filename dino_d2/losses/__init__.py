@@ -1,8 +1,16 @@
 """Matching and losses."""
 
 from .criterion import Criterion, Group
+from .federated import FederatedClasses
 from .focal import sigmoid_focal_loss
 from .matcher import HungarianMatcher
 from .targets import pack_targets
 
-__all__ = ["Criterion", "Group", "HungarianMatcher", "pack_targets", "sigmoid_focal_loss"]
+__all__ = [
+    "Criterion",
+    "FederatedClasses",
+    "Group",
+    "HungarianMatcher",
+    "pack_targets",
+    "sigmoid_focal_loss",
+]
