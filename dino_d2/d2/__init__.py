@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpointer
 from .config import add_dino_d2_config, apply_overrides
+from .datasets import register_datasets
 from .meta_arch import (
     DABDETR,
     DINO,
@@ -26,5 +27,6 @@ __all__ = [
     "apply_overrides",
     "evaluate",
     "evaluate_checkpoint",
+    "register_datasets",
     "train",
 ]

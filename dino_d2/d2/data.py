@@ -4,7 +4,9 @@ import copy
 import logging
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,14 +16,13 @@ from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
-from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import (
     annotations_to_instances,
     check_metadata_consistency,
     filter_empty_instances,
     transform_instance_annotations,
 )
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -56,8 +57,21 @@ def register_if_file(name: str) -> str:
     for path, exists in ((json, Path(json).is_file()), (images, Path(images).is_dir())):
         if not exists:
             raise FileNotFoundError(f"{path!r}, of data set {name!r}, does not exist")
-    register_coco_instances(name, {}, json, images)
+    register_coco(name, json, images)
     return name
+
+
+def register_coco(name: str, json: str, images: str, **metadata) -> None:
+    """Register a COCO-format json under a name; it is checked whenever it is loaded.
+
+    Args:
+        json, images: paths of the json and of its image folder.
+        metadata: for Detectron2's `MetadataCatalog`. `file_parts`: see `check_data_set`.
+    """
+    DatasetCatalog.register(name, partial(_load_coco, name))
+    MetadataCatalog.get(name).set(
+        json_file=json, image_root=images, evaluator_type="coco", **metadata
+    )
 
 
 def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> list[dict]:
@@ -167,6 +181,22 @@ def coco_evaluator(
     return COCOEvaluator(name, ("bbox",), output_dir=output_dir)
 
 
+def lvis_evaluator(dataset_name: str, output_dir: str | None = None) -> LVISEvaluator:
+    """Detectron2's LVISEvaluator for boxes, 300 per image, on a registered data set.
+
+    Raises:
+        ImportError: the package `lvis` is not installed.
+    """
+    try:
+        import lvis.eval
+    except ImportError as error:
+        raise ImportError("LVIS's evaluation needs its package: pip install lvis") from error
+    if not hasattr(np, "float"):  # NumPy 1.24 took away a name that lvis 0.5 uses
+        lvis.eval.np = SimpleNamespace(**vars(np), float=float)
+    limit = {"max_dets_per_image": 300}
+    return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir, **limit)
+
+
 def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
     """Compare a model's classes with those of the data sets, before they ruin a run.
 
@@ -182,6 +212,19 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
             )
 
 
+def class_frequencies(name: str, power: float = 1.0) -> list[float]:
+    """(K,) how many images of a data set have each class, as its metadata say, to the power.
+
+    Raises:
+        ValueError: the metadata do not say; LVIS's do.
+    """
+    counts = MetadataCatalog.get(name).get("class_image_count")
+    if counts is None:
+        raise ValueError(f"data set {name!r} has no class_image_count in its metadata")
+    by_class = sorted(counts, key=lambda entry: entry["id"])
+    return [entry["image_count"] ** power for entry in by_class]
+
+
 def class_names(given: str, loader: DictConfig) -> ClassNames:
     """The classes of weights, as `read_class_names` takes them, and of a config's train loader."""
     names = loader.dataset.names
@@ -192,12 +235,16 @@ def class_names(given: str, loader: DictConfig) -> ClassNames:
 def _load(name: str) -> list[dict]:
     """The checked dicts of one registered data set."""
     if _has_coco_json(name):
-        checked = _load_checked(name)
-        _log(checked.findings)
-        return to_dicts(checked)
+        return _load_coco(name)
     sources = DatasetCatalog.get(name)
     annotated = bool(sources) and "annotations" in sources[0]
     return _check_dicts(name, sources) if annotated else sources
+
+
+def _load_coco(name: str) -> list[dict]:
+    checked = _load_checked(name)
+    _log(checked.findings)
+    return to_dicts(checked)
 
 
 def _has_coco_json(name: str) -> bool:
@@ -210,7 +257,7 @@ def _has_coco_json(name: str) -> bool:
 def _load_checked(name: str) -> Checked:
     """A data set's json, and its classes in Detectron2's metadata."""
     metadata = MetadataCatalog.get(name)
-    checked = load_checked(metadata.json_file, metadata.image_root)
+    checked = load_checked(metadata.json_file, metadata.image_root, metadata.get("file_parts"))
     ids = [category["id"] for category in checked.content["categories"]]
     metadata.set(
         thing_classes=checked.classes,

@@ -35,27 +35,34 @@ class Checked(NamedTuple):
         return self.findings.count("dropped", "converted") > 0
 
 
-def load_checked(annotations: str | os.PathLike, images: str | os.PathLike) -> Checked:
+def load_checked(
+    annotations: str | os.PathLike, images: str | os.PathLike, file_parts: int | None = None
+) -> Checked:
     """Read a COCO-format json and check all that needs no decoding of images.
 
-    Images that the json gives no size are opened for it.
+    Images that the json gives no size are opened for it. Arguments are those of `check_data_set`.
 
     Raises:
         DataError: the data cannot be used; the message names entries and fields.
     """
-    checked = check_data_set(annotations, images, files="none")
+    checked = check_data_set(annotations, images, "none", file_parts)
     checked.findings.raise_errors()
     return checked
 
 
 def check_data_set(
-    annotations: str | os.PathLike, images: str | os.PathLike, files: str = "decode"
+    annotations: str | os.PathLike,
+    images: str | os.PathLike,
+    files: str = "decode",
+    file_parts: int | None = None,
 ) -> Checked:
     """Check a data set and tell everything that is wrong, at once.
 
     Args:
         annotations, images: a COCO-format json and its image folder.
         files: how to look at the images: "decode" them all, read their "heads", or "none".
+        file_parts: how many parts of every file_name, counted from its end, lead from the image
+            folder to the file; all by default.
 
     Returns:
         The usable content, without images that cannot be read, and what was found.
@@ -68,6 +75,9 @@ def check_data_set(
         raise ValueError(f"files must be decode, heads or none, not {files!r}")
     findings = Findings(annotations)
     content = read_annotations(annotations)
+    for entry in content["images"]:
+        if file_parts and isinstance(entry.get("file_name"), str):
+            entry["file_name"] = "/".join(entry["file_name"].split("/")[-file_parts:])
     _fill_sizes(content["images"], images, findings)
     content = check_annotations(content, findings)
     if files == "none":

@@ -25,8 +25,8 @@ class FederatedClasses:
         ValueError: a weight is negative or not finite, or none is positive.
     """
 
-    def __init__(self, weights: Sequence[float] | Tensor, num_classes: int = 50):
-        self.weights = torch.as_tensor(weights).tolist()
+    def __init__(self, weights: Sequence[float], num_classes: int = 50):
+        self.weights = [float(weight) for weight in weights]
         self.num_classes = num_classes
         if not all(0 <= w < torch.inf for w in self.weights) or not any(self.weights):
             raise ValueError("weights of classes must be finite, not negative, and some positive")
