@@ -11,8 +11,10 @@ from .meta_arch import (
     DeformableDETR,
     DetrMetaArch,
 )
+from .predictor import Predictor
 from .train import evaluate, evaluate_checkpoint, train
 from .trainer import Trainer
+from .yacs import DetrTrainer
 
 __all__ = [
     "DABDETR",
@@ -22,6 +24,8 @@ __all__ = [
     "DABDeformableDETR",
     "DeformableDETR",
     "DetrMetaArch",
+    "DetrTrainer",
+    "Predictor",
     "Trainer",
     "add_dino_d2_config",
     "apply_overrides",

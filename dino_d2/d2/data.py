@@ -197,8 +197,13 @@ def lvis_evaluator(dataset_name: str, output_dir: str | None = None) -> LVISEval
     return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir, **limit)
 
 
-def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
+def check_num_classes(
+    names: str | Sequence[str], num_classes: int, key: str = "model.detector.num_classes="
+) -> None:
     """Compare a model's classes with those of the data sets, before they ruin a run.
+
+    Args:
+        key: how to set them, for the message.
 
     Raises:
         ValueError: a data set has another number of classes.
@@ -208,7 +213,7 @@ def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
         if classes is not None and len(classes) != num_classes:
             raise ValueError(
                 f"data set {name!r} has {len(classes)} classes ({', '.join(classes[:5])}...), the "
-                f"model has {num_classes}; set model.detector.num_classes={len(classes)}"
+                f"model has {num_classes}; set {key}{len(classes)}"
             )
 
 
