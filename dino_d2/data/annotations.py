@@ -4,6 +4,7 @@ What depends on image files is in `data/check.py`.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from .findings import DataError, Findings
 MAX_DROPPED = 0.1  # share of the annotations, beyond which the data is wrong rather than noisy
 _FEW = 10  # drops that are never too many
 _MIN_SIDE = 1e-3  # pixels
+_MOST_PIXELS = 1 << 20  # of an image's side
 _CUT = "box reaches out of its image by more than a pixel: cut off in training"
 _TALE = 0.2  # share of boxes outside their image that asks for another reading of the numbers
 
@@ -51,7 +53,8 @@ def check_annotations(content: dict, findings: Findings) -> dict:
         findings: takes what is found. After errors, the result is what is left of the content.
 
     Returns:
-        The usable entries: {"images", "annotations", "categories"}. Annotations have valid boxes
+        The usable entries: {"images", "annotations", "categories"}, with the fields that training
+        and evaluation of boxes need. Annotations have valid boxes
         (x, y, width, height), `iscrowd`, `area` and unique ids above 0, and no masks, which these
         detectors do not use. Boxes may reach out of their image as in COCO itself.
     """
@@ -72,8 +75,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
 def _is_id(value: object) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
+    return isinstance(value, str) or _is_integer(value)
 
 
 def _show(value: object) -> str:
@@ -88,14 +95,14 @@ def _check_categories(entries: list[dict], findings: Findings) -> list[dict]:
     for index, entry in enumerate(entries):
         number, name = entry.get("id"), entry.get("name")
         where = f"categories[{index}]"
-        if not isinstance(number, int) or isinstance(number, bool):
+        if not _is_integer(number):
             findings.add("error", "category id is no integer", f"{where}: id {_show(number)}")
         elif not isinstance(name, str) or not name.strip():
             findings.add("error", "category has no name", f"{where}, id {number}: {_show(name)}")
         else:
             ids[number] += 1
             names[name] += 1
-            good.append(entry)
+            good.append({"id": number, "name": name})
     for reason, counts in (("category id twice", ids), ("category name twice", names)):
         for value, count in counts.items():
             if count > 1:
@@ -109,23 +116,23 @@ def _check_categories(entries: list[dict], findings: Findings) -> list[dict]:
 def _check_images(entries: list[dict], findings: Findings) -> list[dict]:
     ids, files, good = set(), {}, []
     for index, entry in enumerate(entries):
-        number, name = entry.get("id"), entry.get("file_name")
+        number, file = entry.get("id"), entry.get("file_name")
         where = f"images[{index}], id {_show(number)}"
         sides = [entry.get("width"), entry.get("height")]
         if not _is_id(number):
             findings.add("error", "image id is neither an integer nor a string", where)
         elif number in ids:
             findings.add("error", "image id twice", where)
-        elif not isinstance(name, str) or not name:
-            findings.add("error", "file_name is no name", f"{where}: file_name {_show(name)}")
-        elif not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
+        elif not isinstance(file, str) or not file:
+            findings.add("error", "file_name is no name", f"{where}: file_name {_show(file)}")
+        elif not all(_is_integer(side) and 0 < side < _MOST_PIXELS for side in sides):
             shown = f"width {_show(sides[0])}, height {_show(sides[1])}"
             findings.add("error", "width and height are no positive integers", f"{where}: {shown}")
         else:
             ids.add(number)
-            good.append(entry)
-            if files.setdefault(name, number) != number:
-                place = f"{name}: ids {files[name]} and {number}"
+            good.append({name: entry[name] for name in ("id", "file_name", "width", "height")})
+            if files.setdefault(file, number) != number:
+                place = f"{file}: ids {files[file]} and {number}"
                 findings.add("note", "image file under several ids", place)
     if len({type(number) for number in ids}) > 1:
         findings.add("error", "some image ids are integers, others strings")
@@ -164,7 +171,7 @@ def _wrong_field(entry: dict, images: dict, categories: set[int]) -> tuple[str, 
     box, category = entry.get("bbox"), entry.get("category_id")
     if not _is_id(entry.get("image_id")):
         return "error", "image_id is neither an integer nor a string", "image_id"
-    if not isinstance(category, int) or isinstance(category, bool):
+    if not _is_integer(category):
         return "error", "category_id is no integer", "category_id"
     if category not in categories:
         return "error", "category_id is of no category", "category_id"
@@ -257,7 +264,7 @@ def _check_number_of_drops(total: int, findings: Findings) -> None:
 def _complete(entries: list[dict], findings: Findings) -> list[dict]:
     """Add what evaluation needs: ids, area, iscrowd."""
     ids = [entry.get("id") for entry in entries]
-    usable = all(isinstance(i, int) and not isinstance(i, bool) and i > 0 for i in ids)
+    usable = all(_is_integer(number) and number > 0 for number in ids)
     usable = usable and len(set(ids)) == len(ids)
     if not usable:
         reason = "annotation ids that are missing, 0, no integers or not unique: numbered anew"
@@ -267,7 +274,7 @@ def _complete(entries: list[dict], findings: Findings) -> list[dict]:
         missing = [name for name in ("area", "iscrowd") if name not in entry]
         crowd = int(entry.get("iscrowd", 0) or entry.get("ignore", 0))
         area = entry.get("area")
-        if not _is_number(area) or not np.isfinite(_as_float(area)) or area < 0:
+        if not _is_number(area) or not math.isfinite(_as_float(area)) or area < 0:
             area = entry["bbox"][2] * entry["bbox"][3]
             missing = sorted({*missing, "area"})
         for name in missing:

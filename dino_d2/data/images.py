@@ -28,7 +28,7 @@ _EXIF_TURNS = {
 }
 _ORIENTATION = 0x0112  # EXIF tag
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-_MIN_16_BIT = 1 << 12  # a brighter value shows that the upper bits are in use
+_MIN_BRIGHTEST = 16  # of 255, of an image with 16 bits: the upper bits are in use
 _ZERO_RUN = 64  # bytes: coded image data of a JPEG hardly ever has so many in a row
 
 
@@ -73,7 +73,7 @@ def read_facts(path: str | os.PathLike) -> ImageFacts:
 def read_image(path: str | os.PathLike) -> tuple[np.ndarray, ImageFacts]:
     """Decode an image file.
 
-    Transparent parts become white, 16-bit values are divided by 257, of an animation the first
+    Transparent parts become white, 16-bit values are brought to 8 bits, of an animation the first
     picture is taken, and the EXIF turn is applied. The facts' remarks say so.
 
     Returns:
@@ -85,11 +85,11 @@ def read_image(path: str | os.PathLike) -> tuple[np.ndarray, ImageFacts]:
             or fewer, whose range nobody knows.
     """
     with _opened(path) as image:
-        facts = _facts(image)
+        deep, facts = _is_16_bit(image), _facts(image)  # in this order: EXIF data decodes a PNG
         if facts.format == "PNG":  # decoding does not look at its checksums
             with Image.open(path, formats=("PNG",)) as file:
                 file.verify()
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, deep)
         if facts.orientation in _EXIF_TURNS:
             rgb = rgb.transpose(_EXIF_TURNS[facts.orientation])
         return np.asarray(rgb), facts
@@ -144,7 +144,7 @@ def _check(image: Image.Image) -> None:
 
 
 def _facts(image: Image.Image) -> ImageFacts:
-    remarks = []
+    remarks = ["16-bit values brought to 8 bits"] if _is_16_bit(image) else []
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # of damaged EXIF data, which is not needed
@@ -156,11 +156,9 @@ def _facts(image: Image.Image) -> ImageFacts:
     turned = image.size[::-1] if orientation >= 5 else image.size
     if orientation != 1:
         remarks.append("turned upright as EXIF says")
-    if image.mode in _SIXTEEN_BIT:
-        remarks.append("16-bit values divided by 257")
     if _has_alpha(image):
         remarks.append("transparent parts made white")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+    if getattr(image, "is_animated", False) and image.format != "MPO":
         remarks.append("first picture of several taken")
     if image.mode not in ("RGB", "L", "1", *_SIXTEEN_BIT) and not _has_alpha(image):
         remarks.append(f"colours of mode {image.mode} turned into RGB")
@@ -171,17 +169,27 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _is_16_bit(image: Image.Image) -> bool:
+    """Also where Pillow gives 8 bits: what it unpacks from is in the tiles before decoding."""
+    return image.mode in _SIXTEEN_BIT or ";16" in str(image.tile[:1])
+
+
+def _to_rgb(image: Image.Image, deep: bool) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image)
-        if values.max() < _MIN_16_BIT:
-            raise DataError(
-                f"its 16-bit values end at {values.max()}: their range is not known; convert it to "
-                "8 bits"
-            )
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    if deep and max(high for _, high in _extrema(image)) < _MIN_BRIGHTEST:
+        raise DataError(
+            "its 16-bit values use 12 bits or fewer: their range is not known; convert it to 8 bits"
+        )
     if _has_alpha(image):
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
     return image.convert("RGB")
+
+
+def _extrema(image: Image.Image) -> list[tuple[int, int]]:
+    """(lowest, highest) value of every band but transparency."""
+    found = image.getextrema()
+    return [found] if len(image.getbands()) == 1 else list(found[: 3 if len(found) > 2 else 1])

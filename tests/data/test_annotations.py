@@ -1,6 +1,8 @@
 """Annotations that are wrong: refused, dropped or converted, with a message that names them."""
 
+import copy
 import json
+import random
 import time
 
 import numpy as np
@@ -240,6 +242,35 @@ def test_what_is_left_passes_again(tmp_path):
     again, findings = check(read_annotations(tmp_path / "a" / "clean.json"))
     assert findings.count("error", "dropped", "converted") == 0
     assert len(again["annotations"]) == 1
+
+
+NAN, INF, LONG = float("nan"), float("inf"), 10**400
+ODD = [None, True, 0, -1, 1, 0.5, LONG, 1e308, NAN, -INF, "", "x", "7", [], [1], {}, {"a": 1},
+       [None] * 4, ["1"] * 4, [NAN] * 4, [1e308] * 4, [-INF, 0, INF, 1], [LONG] * 4]  # fmt: skip
+
+
+def test_no_value_in_any_field_passes_unseen_or_crashes():
+    """Random entries of random values: what is left can be trained on, and written."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        content = copy.deepcopy(CONTENT)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            entry = rng.choice(content[rng.choice(list(content))])
+            field = rng.choice([*entry, "ignore", "segmentation", "other"])
+            entry[field] = copy.deepcopy(rng.choice(ODD))
+        left, findings = check(content)
+        json.dumps(left, allow_nan=False)
+        if findings.count("error"):
+            continue
+        images = {image["id"]: image for image in left["images"]}
+        classes = {category["id"] for category in left["categories"]}
+        for entry in left["annotations"]:
+            image, (x, y, w, h) = images[entry["image_id"]], entry["bbox"]
+            assert entry["category_id"] in classes
+            assert 0 < w <= 2 * image["width"] + 2
+            assert 0 < h <= 2 * image["height"] + 2
+            assert x < image["width"]
+            assert y < image["height"]
 
 
 def test_large_data_is_checked_in_seconds():

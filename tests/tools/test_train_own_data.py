@@ -66,7 +66,7 @@ def test_a_strangers_data_trains(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no validation images: 1 of the training images are held out" in done.stdout
-    assert "16-bit values divided by 257: 1" in done.stdout
+    assert "16-bit values brought to 8 bits: 1" in done.stdout
     assert "annotation ids that are missing" in done.stdout
     cfg = load(out)
     assert cfg.model.detector.num_classes == 3
