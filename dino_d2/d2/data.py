@@ -1,6 +1,5 @@
 """Data sets for Detectron2's loaders: registered names, or any COCO-format json; all checked."""
 
-import copy
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -9,30 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import transforms as T  # noqa: N812 -- Detectron2's own name for it
 from detectron2.data.build import (
     filter_images_with_only_crowd_annotations,
     print_instances_class_histogram,
 )
-from detectron2.data.detection_utils import (
-    annotations_to_instances,
-    check_metadata_consistency,
-    filter_empty_instances,
-    transform_instance_annotations,
-)
+from detectron2.data.detection_utils import check_metadata_consistency
 from detectron2.evaluation import COCOEvaluator, LVISEvaluator
 from detectron2.structures import BoxMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ..checkpoint import ClassNames
 from ..data.annotations import check_annotations, write_annotations
-from ..data.check import Checked, load_checked, read_entry
+from ..data.check import Checked, load_checked
 from ..data.coco import read_class_names
 from ..data.findings import DataError, Findings
-
-_FIELDS = ("bbox", "bbox_mode", "category_id")  # of an object, that training uses
 
 logger = logging.getLogger("detectron2.dino_d2")
 
@@ -93,67 +83,6 @@ def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> lis
     if "annotations" in sources[0]:
         print_instances_class_histogram(sources, MetadataCatalog.get(names[0]).thing_classes)
     return sources
-
-
-class CheckedMapper:
-    """From an entry of a data set to what a detector takes, as Detectron2's `DatasetMapper`.
-
-    It differs in reading images by this package's checks: what cannot be read as 8-bit RGB of the
-    stated size is an error that names the image.
-
-    Args:
-        is_train: whether annotations become "instances"; else they are left out.
-        augmentations: Detectron2's, in their order.
-        image_format: "RGB" or "BGR".
-    """
-
-    def __init__(self, is_train: bool, augmentations: Sequence, image_format: str = "RGB"):
-        if image_format not in ("RGB", "BGR"):
-            raise ValueError(f"image_format must be RGB or BGR, not {image_format!r}")
-        self.is_train, self.image_format = is_train, image_format
-        self.augmentations = T.AugmentationList(list(augmentations))
-
-    def __call__(self, source: dict) -> dict:
-        """The entry with "image", (3, H, W) uint8, and in training "instances"."""
-        source = copy.deepcopy(source)
-        try:
-            pixels = read_entry(source, source["file_name"])
-        except DataError as error:
-            raise DataError(f"image {source.get('image_id')}: {error}") from error
-        source["height"], source["width"] = pixels.shape[:2]
-        given = T.AugInput(pixels if self.image_format == "RGB" else pixels[:, :, ::-1])
-        transforms = self.augmentations(given)
-        image = np.ascontiguousarray(given.image.transpose(2, 0, 1))
-        source["image"] = torch.as_tensor(image)
-        entries = source.pop("annotations", None)
-        if self.is_train and entries is not None:
-            objects = [
-                transform_instance_annotations(
-                    {name: entry[name] for name in _FIELDS}, transforms, image.shape[1:]
-                )
-                for entry in entries
-                if not entry.get("iscrowd", 0)
-            ]
-            instances = annotations_to_instances(objects, image.shape[1:])
-            source["instances"] = filter_empty_instances(instances)  # a crop may miss objects
-        return source
-
-
-def scale_sizes(config: DictConfig | ListConfig, factor: float) -> None:
-    """Multiply all sizes in pixels within augmentations of a config, by name; round them.
-
-    For images whose objects are of another scale than COCO's.
-    """
-    for key in config if OmegaConf.is_dict(config) else range(len(config)):
-        if OmegaConf.is_interpolation(config, key):
-            continue
-        value = config[key]
-        if key in ("short_edge_length", "max_size", "crop_size"):
-            several = not isinstance(value, int)
-            scaled = [round(v * factor) for v in (value if several else [value])]
-            config[key] = scaled if several else scaled[0]
-        elif OmegaConf.is_config(value):
-            scale_sizes(value, factor)
 
 
 def coco_evaluator(

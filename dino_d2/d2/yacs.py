@@ -12,7 +12,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
-from .data import CheckedMapper, check_num_classes, coco_evaluator, load_datasets
+from .data import check_num_classes, coco_evaluator, load_datasets
+from .mapper import CheckedMapper
 from .solver import BackboneLR
 
 

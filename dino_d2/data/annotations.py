@@ -116,29 +116,37 @@ def _check_categories(entries: list[dict], findings: Findings) -> list[dict]:
 def _check_images(entries: list[dict], findings: Findings) -> list[dict]:
     ids, files, good = set(), {}, []
     for index, entry in enumerate(entries):
-        number, file = entry.get("id"), entry.get("file_name")
-        where = f"images[{index}], id {_show(number)}"
-        sides = [entry.get("width"), entry.get("height")]
-        if not _is_id(number):
-            findings.add("error", "image id is neither an integer nor a string", where)
-        elif number in ids:
-            findings.add("error", "image id twice", where)
-        elif not isinstance(file, str) or not file:
-            findings.add("error", "file_name is no name", f"{where}: file_name {_show(file)}")
-        elif not all(_is_integer(side) and 0 < side < _MOST_PIXELS for side in sides):
-            shown = f"width {_show(sides[0])}, height {_show(sides[1])}"
-            findings.add("error", "width and height are no positive integers", f"{where}: {shown}")
-        else:
-            ids.add(number)
-            good.append({name: entry[name] for name in ("id", "file_name", "width", "height")})
-            if files.setdefault(file, number) != number:
-                place = f"{file}: ids {files[file]} and {number}"
-                findings.add("note", "image file under several ids", place)
+        reason, fields = _wrong_image(entry, ids)
+        if reason:
+            shown = ", ".join(f"{field} {_show(entry.get(field))}" for field in fields)
+            findings.add("error", reason, f"images[{index}], {shown}")
+            continue
+        good.append({name: entry[name] for name in ("id", "file_name", "width", "height")})
+        number, file = entry["id"], entry["file_name"]
+        ids.add(number)
+        if files.setdefault(file, number) != number:
+            place = f"{file}: ids {files[file]} and {number}"
+            findings.add("note", "image file under several ids", place)
     if len({type(number) for number in ids}) > 1:
         findings.add("error", "some image ids are integers, others strings")
     if not entries:
         findings.add("error", "there are no images")
     return good
+
+
+def _wrong_image(entry: dict, ids: set) -> tuple[str, tuple[str, ...]]:
+    """(reason, fields to show) of what makes an image unusable; empty without."""
+    number, file = entry.get("id"), entry.get("file_name")
+    if not _is_id(number):
+        return "image id is neither an integer nor a string", ("id",)
+    if number in ids:
+        return "image id twice", ("id",)
+    if not isinstance(file, str) or not file:
+        return "file_name is no name", ("id", "file_name")
+    sides = (entry.get("width"), entry.get("height"))
+    if not all(_is_integer(side) and 0 < side < _MOST_PIXELS for side in sides):
+        return "width and height are no positive integers", ("id", "width", "height")
+    return "", ()
 
 
 def _check_fields(

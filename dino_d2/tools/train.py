@@ -144,7 +144,7 @@ def make_config(splits: dict[str, Checked], config: str, args: argparse.Namespac
     short = statistics.median(min(image["width"], image["height"]) for image in images)
     names = {"train": _dataset_name(train), "test": _dataset_name(val)}
     lines = [f'"""{config} for {len(train.classes)} classes, by dino_d2.tools.train."""', ""]
-    lines += ["from dino_d2 import model_zoo", "from dino_d2.d2.data import scale_sizes", ""]
+    lines += ["from dino_d2 import model_zoo", "from dino_d2.d2.mapper import scale_sizes", ""]
     lines += [f"_base = model_zoo.get_config({config!r})"]
     parts = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
     lines += [f"{part} = _base.{part}" for part in parts]

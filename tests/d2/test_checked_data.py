@@ -119,7 +119,7 @@ def test_annotations_with_id_0_can_be_found(tmp_path):
 
 
 def mapper(**options):
-    from dino_d2.d2.data import CheckedMapper
+    from dino_d2.d2.mapper import CheckedMapper
 
     return CheckedMapper(**{"is_train": True, "augmentations": [], **options})
 

@@ -128,7 +128,7 @@ def test_frequencies_of_classes():
 
 
 def test_masks_of_a_registered_set_do_not_reach_training(tmp_path):
-    from dino_d2.d2.data import CheckedMapper
+    from dino_d2.d2.mapper import CheckedMapper
 
     write(tmp_path)
     box = {"bbox": [8, 6, 16, 12], "bbox_mode": 1, "category_id": 0, "segmentation": [[1e9] * 6]}

@@ -5,7 +5,8 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from omegaconf import OmegaConf
 
-from dino_d2.d2.data import CheckedMapper, coco_evaluator, load_datasets
+from dino_d2.d2.data import coco_evaluator, load_datasets
+from dino_d2.d2.mapper import CheckedMapper
 
 dataloader = OmegaConf.create()
 
