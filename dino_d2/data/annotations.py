@@ -58,7 +58,8 @@ def check_annotations(content: dict, findings: Findings) -> dict:
         (x, y, width, height), `iscrowd`, `area` and unique ids above 0, and no masks, which these
         detectors do not use. Boxes may reach out of their image as in COCO itself.
     """
-    categories = _check_categories(content["categories"], findings)
+    used = {e["category_id"] for e in content["annotations"] if _is_integer(e.get("category_id"))}
+    categories = _check_categories(content["categories"], used, findings)
     images = _check_images(content["images"], findings)
     ids = {category["id"] for category in categories}
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
@@ -88,10 +89,10 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check_categories(entries: list[dict], findings: Findings) -> list[dict]:
+def _check_categories(entries: list[dict], used: set[int], findings: Findings) -> list[dict]:
     if not entries:
         findings.add("error", "categories is empty; there is nothing to detect")
-    ids, names, good = Counter(), Counter(), []
+    good = []
     for index, entry in enumerate(entries):
         number, name = entry.get("id"), entry.get("name")
         where = f"categories[{index}]"
@@ -100,17 +101,32 @@ def _check_categories(entries: list[dict], findings: Findings) -> list[dict]:
         elif not isinstance(name, str) or not name.strip():
             findings.add("error", "category has no name", f"{where}, id {number}: {_show(name)}")
         else:
-            ids[number] += 1
-            names[name] += 1
             good.append({"id": number, "name": name})
-    for reason, counts in (("category id twice", ids), ("category name twice", names)):
-        for value, count in counts.items():
+    good = _without_placeholders(good, used, findings)
+    for field in ("id", "name"):
+        for value, count in Counter(entry[field] for entry in good).items():
             if count > 1:
-                findings.add("error", reason, f"{value!r}, {count} times")
-    numbers = sorted(ids)
+                findings.add("error", f"category {field} twice", f"{value!r}, {count} times")
+    numbers = sorted({entry["id"] for entry in good})
     if numbers and numbers != list(range(1, len(numbers) + 1)):
         findings.add("note", "category ids are not 1, 2, 3, ...; classes follow their order")
     return sorted(good, key=lambda entry: entry["id"])
+
+
+def _without_placeholders(entries: list[dict], used: set[int], findings: Findings) -> list[dict]:
+    """Leave out classes without annotations whose name one with annotations has, too.
+
+    Some exporters write the name of the data set as a first category.
+    """
+    names = {entry["name"] for entry in entries if entry["id"] in used}
+    kept = []
+    for entry in entries:
+        if entry["name"] in names and entry["id"] not in used:
+            reason = "class without annotations left out: another has its name"
+            findings.add("converted", reason, f"id {entry['id']}, {entry['name']!r}")
+        else:
+            kept.append(entry)
+    return kept
 
 
 def _check_images(entries: list[dict], findings: Findings) -> list[dict]:

@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     if not args.dry_run:
         command = [sys.executable, str(model_zoo.root() / "train_net.py")]
         command += ["--config-file", str(path), "--num-gpus", str(args.num_gpus), *overrides]
-        sys.exit(subprocess.run(command).returncode)
+        code = subprocess.run(command).returncode
+        if code == 0:
+            print(f"\nWeights, curves, logs and detections are in {args.out}.")
+        sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", required=True, help="a folder, a json, or json:image_folder")
-    parser.add_argument("--val", help="for validation, if --data does not hold it")
+    parser.add_argument("--val", help="for validation: a json, or json:image_folder")
     parser.add_argument(
         "--model", default="dino_r50_4scale", help="a config, with or without _12ep"
     )

@@ -83,7 +83,10 @@ REFUSED = {
     "no images": ({**CONTENT, "images": []}, "there are no images"),
     "no classes": ({**CONTENT, "categories": []}, "categories is empty"),
     "class id twice": (added("categories", name="cow"), "category id twice: 1 (2, 2 times)"),
-    "class name twice": (added("categories", id=3), "category name twice: 1 ('dog', 2 times)"),
+    "class name twice": (
+        changed(categories={"name": "cat"}),
+        "category name twice: 1 ('cat', 2 times)",
+    ),
     "class id a string": (changed(categories={"id": "2"}), 'categories[1]: id "2"'),
     "class without a name": (changed(categories={"name": " "}), 'categories[1], id 2: " "'),
 }
@@ -201,6 +204,15 @@ def test_converted(case):
     last = content["annotations"][1]
     assert last["iscrowd"] == (case == "ignored")
     assert last["area"] == (1600 if case == "reaching out" else 12) or "area" in last
+
+
+def test_a_placeholder_among_the_classes_is_left_out():
+    """As Roboflow writes the name of the data set."""
+    content, findings = check(added("categories", id=0))
+    assert content["categories"] == [{"id": 2, "name": "dog"}, {"id": 5, "name": "cat"}]
+    (line,) = lines(findings, "converted")
+    assert "class without annotations left out: another has its name: 1 (id 0, 'dog')" in line
+    assert findings.count("error") == 0
 
 
 MASKS = [
