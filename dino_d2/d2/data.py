@@ -19,7 +19,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 
 from ..checkpoint import ClassNames
-from ..data.annotations import check_annotations, write_annotations
+from ..data.annotations import check_annotations, select_images, write_annotations
 from ..data.check import Checked, load_checked
 from ..data.coco import read_class_names
 from ..data.findings import DataError, Findings
@@ -56,7 +56,8 @@ def register_coco(name: str, json: str, images: str, **metadata) -> None:
 
     Args:
         json, images: paths of the json and of its image folder.
-        metadata: for Detectron2's `MetadataCatalog`. `file_parts`: see `check_data_set`.
+        metadata: for Detectron2's `MetadataCatalog`. `file_parts`: see `check_data_set`;
+            `absent_files`: names of images that are left out.
     """
     DatasetCatalog.register(name, partial(_load_coco, name))
     MetadataCatalog.get(name).set(
@@ -192,6 +193,13 @@ def _load_checked(name: str) -> Checked:
     """A data set's json, and its classes in Detectron2's metadata."""
     metadata = MetadataCatalog.get(name)
     checked = load_checked(metadata.json_file, metadata.image_root, metadata.get("file_parts"))
+    absent = set(metadata.get("absent_files") or ())
+    for image in checked.content["images"]:
+        if image["file_name"] in absent:
+            reason = "image that the data set names but does not have"
+            checked.findings.add("dropped", reason, image["file_name"])
+    content = select_images(checked.content, lambda image: image["file_name"] not in absent)
+    checked = checked._replace(content=content)
     ids = [category["id"] for category in checked.content["categories"]]
     metadata.set(
         thing_classes=checked.classes,

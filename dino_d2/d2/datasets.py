@@ -13,6 +13,14 @@ _DATASETS = {
     "crowdhuman_train": ("crowdhuman/annotation_train.json", "crowdhuman/Images", None),
     "crowdhuman_val": ("crowdhuman/annotation_val.json", "crowdhuman/Images", None),
 }
+# The published json names these, the published archives lack them.
+_ABSENT = {
+    "objects365_v2_train": (
+        "patch16/objects365_v2_00908726.jpg",
+        "patch6/objects365_v1_00320532.jpg",
+        "patch6/objects365_v1_00320534.jpg",
+    )
+}
 
 
 def register_datasets(root: str) -> None:
@@ -23,7 +31,8 @@ def register_datasets(root: str) -> None:
     for name, (json, images, file_parts) in _DATASETS.items():
         if name not in DatasetCatalog:
             paths = os.path.join(root, json), os.path.join(root, images)
-            register_coco(name, *paths, file_parts=file_parts)
+            facts = {"file_parts": file_parts, "absent_files": _ABSENT.get(name, ())}
+            register_coco(name, *paths, **facts)
 
 
 register_datasets(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))

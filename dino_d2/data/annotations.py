@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -326,6 +327,14 @@ def _describe(images: list, entries: list, categories: list, findings: Findings)
     twice = len(keys) - len(set(keys))
     if twice:
         findings.add("note", "objects that are there twice: same image, class and box", "", twice)
+
+
+def select_images(content: dict, keep: Callable[[dict], bool]) -> dict:
+    """The content with those images only for which `keep` is true, and their annotations."""
+    images = [image for image in content["images"] if keep(image)]
+    ids = {image["id"] for image in images}
+    entries = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+    return {**content, "images": images, "annotations": entries}
 
 
 def write_annotations(content: dict, path: str | os.PathLike) -> None:

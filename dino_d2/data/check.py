@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .annotations import check_annotations, read_annotations
+from .annotations import check_annotations, read_annotations, select_images
 from .findings import DataError, Findings
 from .images import ImageFacts, looks_damaged, read_facts, read_image, resolve
 
@@ -120,7 +120,7 @@ def _check_names(entries: list[dict], root: str | os.PathLike, findings: Finding
 
 
 def _check_files(content: dict, root: str | os.PathLike, findings: Findings, decode: bool) -> dict:
-    usable = []
+    usable = set()
     for entry, outcome in _look_at(content["images"], root, decode):
         where = f"image {entry['id']}"
         if isinstance(outcome, DataError):
@@ -138,10 +138,8 @@ def _check_files(content: dict, root: str | os.PathLike, findings: Findings, dec
             findings.add("note", "image files that are symbolic links, which are followed")
         for remark in facts.remarks:
             findings.add("converted", f"image: {remark}", f"{where}: {entry['file_name']}")
-        usable.append(entry)
-    ids = {entry["id"] for entry in usable}
-    objects = [entry for entry in content["annotations"] if entry["image_id"] in ids]
-    return {**content, "images": usable, "annotations": objects}
+        usable.add(entry["id"])
+    return select_images(content, lambda image: image["id"] in usable)
 
 
 def read_entry(entry: dict, path: str | os.PathLike) -> np.ndarray:

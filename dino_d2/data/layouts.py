@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .annotations import read_annotations
+from .annotations import read_annotations, select_images
 from .findings import DataError
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "test": "test",
@@ -116,15 +116,11 @@ def split_content(content: dict, share: float = 0.1) -> tuple[dict, dict]:
     if len(names) < 2:
         raise DataError("one image cannot be split into training and validation")
     held_out = set(names[: min(len(names) - 1, math.ceil(share * len(names)))])
-    return _part(content, set(names) - held_out), _part(content, held_out)
+    return (
+        select_images(content, lambda image: image["file_name"] not in held_out),
+        select_images(content, lambda image: image["file_name"] in held_out),
+    )
 
 
 def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
-
-
-def _part(content: dict, names: set[str]) -> dict:
-    images = [image for image in content["images"] if image["file_name"] in names]
-    ids = {image["id"] for image in images}
-    entries = [entry for entry in content["annotations"] if entry["image_id"] in ids]
-    return {**content, "images": images, "annotations": entries}

@@ -19,7 +19,7 @@ from dino_d2.d2.data import load_datasets
 from detectron2.data import DatasetCatalog, MetadataCatalog
 sources = load_datasets("objects365_v2_train")
 assert sources == DatasetCatalog.get("objects365_v2_train")
-print(sources[0]["file_name"], MetadataCatalog.get("crowdhuman_val").image_root)
+print(len(sources), sources[0]["file_name"], MetadataCatalog.get("crowdhuman_val").image_root)
 """
 
 
@@ -37,6 +37,8 @@ def test_they_lie_below_the_folder_of_detectron2s(tmp_path):
     content = copy.deepcopy(CONTENT)
     for image in content["images"]:
         image["file_name"] = f"images/v1/patch3/{image['file_name']}"
+    absent = "images/v1/patch6/objects365_v1_00320534.jpg"  # as in the published archives
+    content["images"].append({**content["images"][0], "id": 10, "file_name": absent})
     path, _ = write(tmp_path / "objects365", content)
     path.rename(tmp_path / "objects365" / "zhiyuan_objv2_train.json")
     env = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -44,7 +46,9 @@ def test_they_lie_below_the_folder_of_detectron2s(tmp_path):
         [sys.executable, "-c", IN_A_NEW_PROCESS], capture_output=True, text=True, env=env
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    file, images = done.stdout.splitlines()[-1].split()
+    count, file, images = done.stdout.splitlines()[-1].split()
+    assert count == "2"
+    assert "does not have: 1 (patch6/objects365_v1_00320534.jpg)" in done.stderr
     assert file == f"{tmp_path}/objects365/train/patch3/a.png"
     assert images == f"{tmp_path}/crowdhuman/Images"
 
