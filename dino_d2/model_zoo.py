@@ -10,24 +10,28 @@ def root() -> Path:
     return installed if installed.is_dir() else package.parent
 
 
-def list_configs() -> list[str]:
-    """Names of all configs, such as "dino/dino_r50_4scale_12ep"."""
-    files = sorted((root() / "projects").glob("*/configs/*.py"))
+def list_configs(suffix: str = ".py") -> list[str]:
+    """Names of all configs, such as "dino/dino_r50_4scale_12ep"; ".yaml": of those for yacs."""
+    files = sorted((root() / "projects").glob(f"*/configs/*{suffix}"))
     return [f"{file.parents[1].name}/{file.stem}" for file in files]
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config by its name, with or without ".py"; a file's path stays as it is.
+    """The path of a config by its name; a file's path stays as it is.
+
+    Args:
+        name: of a LazyConfig, with or without ".py"; with ".yaml", of a config for yacs.
 
     Raises:
         KeyError: there is no such config; the message lists those there are.
     """
     if Path(name).is_file():
         return str(name)
-    project, _, stem = name.removesuffix(".py").partition("/")
-    path = root() / "projects" / project / "configs" / f"{stem}.py"
+    suffix = ".yaml" if name.endswith(".yaml") else ".py"
+    project, _, stem = name.removesuffix(suffix).partition("/")
+    path = root() / "projects" / project / "configs" / f"{stem}{suffix}"
     if not stem or not path.is_file():
-        raise KeyError(f"no config {name!r}; there are {', '.join(list_configs())}")
+        raise KeyError(f"no config {name!r}; there are {', '.join(list_configs(suffix))}")
     return str(path)
 
 

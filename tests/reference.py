@@ -174,3 +174,15 @@ def _turn(vector, place, size):
             result[i] = a * math.cos(angle) - b * math.sin(angle)
             result[i + 1] = b * math.cos(angle) + a * math.sin(angle)
     return result
+
+
+def federated_classes_loop(weights, labels, num_classes, rng):
+    """The classes of the objects, and others drawn one after the other by their weights."""
+    chosen = sorted(set(labels))
+    while len(chosen) < num_classes:
+        left = [k for k, weight in enumerate(weights) if weight > 0 and k not in chosen]
+        if not left:
+            break
+        chances = np.array([weights[k] for k in left])
+        chosen.append(int(rng.choice(left, p=chances / chances.sum())))
+    return set(chosen)

@@ -33,7 +33,7 @@ RIM = {
 TOOLS = {"tools": {"torch", "numpy", "PIL", "matplotlib", "safetensors"}}
 DETECTRON2 = {"detectron2", "fvcore", "omegaconf"}
 ADAPTER = {"d2": {"torch", "numpy", "pycocotools", *DETECTRON2}}
-INSIDE_FUNCTIONS = {"d2": {"cv2"}, "tools": DETECTRON2, "model_zoo": DETECTRON2}
+INSIDE_FUNCTIONS = {"d2": {"cv2", "lvis"}, "tools": DETECTRON2, "model_zoo": DETECTRON2}
 
 THIRD_PARTIES = {**BASE, **LAYERS, **STAGES, **MODELS, **RIM, **TOOLS, **ADAPTER}
 NEIGHBOURS = {

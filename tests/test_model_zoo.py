@@ -15,10 +15,11 @@ from dino_d2 import model_zoo
 ROOT = Path(__file__).parents[1]
 NAMES = model_zoo.list_configs()
 SHAPES = [name for name in NAMES if name.endswith("_shapes")]
-COCO = [name for name in NAMES if name not in SHAPES]
-DINO = [name for name in NAMES if name.startswith("dino/")]
+LVIS = [name for name in NAMES if "_lvis_" in name]
+COCO = [name for name in NAMES if name not in SHAPES + LVIS]
+DINO = [name for name in NAMES if name.startswith("dino/") and name not in LVIS]
 CO_DETR = [name for name in NAMES if name.startswith("co_detr/")]  # see test_co_detr_configs.py
-OTHERS = [name for name in NAMES if name not in (*DINO, *CO_DETR)]
+OTHERS = [name for name in NAMES if name not in DINO + LVIS + CO_DETR]
 COCO_EPOCH = 7393  # iterations: 118,287 images in batches of 16
 DROP = {12: 11, 24: 20, 36: 30, 50: 40}  # a schedule's length: after which epoch the rate drops
 
@@ -298,3 +299,21 @@ def test_a_saved_config_loads_again(name, build, tmp_path):
     assert first.read_text() == second.read_text()
     state, again = (build(cfg.model).state_dict() for cfg in (load(name), loaded))
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in again.items()}
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("name", LVIS)
+def test_lvis(name, build):
+    from detectron2.data import MetadataCatalog
+
+    cfg = load(name)
+    model = build(cfg.model)
+    assert model.num_classes == 1203
+    assert model.num_detections == 300
+    choose = model.detector.criterion.federated
+    counts = [c["image_count"] for c in MetadataCatalog.get("lvis_v1_train").class_image_count]
+    assert choose.weights == pytest.approx([count**0.5 for count in counts])
+    assert choose.num_classes == 50
+    epochs = int(re.search(r"_(\d+)ep", name)[1])
+    assert cfg.train.max_iter == epochs * 6261 == epochs * -(-100_170 // 16)
+    assert cfg.train.output_dir == f"./output/{name.partition('/')[2]}"

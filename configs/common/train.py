@@ -4,6 +4,7 @@ train = dict(
     output_dir="./output",
     init_checkpoint="",  # weights of a whole detector
     init_skip=[],  # patterns of names in it that start afresh, such as "*class_head*"
+    init_classes="",  # its classes, taken over by name: "coco", or a COCO-format json
     init_backbone="",  # ImageNet weights of the backbone, where there is no init_checkpoint
     max_iter=90000,
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16"

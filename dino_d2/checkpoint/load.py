@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .backbones import common_names, is_derived
+from .classes import ClassNames, map_classes
 from .io import CheckpointError, read_weights
 
 _WRAPPER = "detector."  # the prefix under which a Detectron2 meta-architecture holds a detector
@@ -28,6 +29,7 @@ def load_weights(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     skip: Sequence[str] = (),
+    classes: ClassNames | None = None,
 ) -> None:
     """Load a file, or weights by name, into a detector or its Detectron2 meta-architecture.
 
@@ -38,6 +40,7 @@ def load_weights(
         allow_missing, allow_unexpected: patterns (`fnmatch`) of names that the source may lack,
             or have beyond the model's.
         skip: patterns of names that stay as they are in the model, whatever the source has.
+        classes: names of the source's and the model's classes, see `map_classes`.
 
     Raises:
         CheckpointError: names are missing or unexpected, or shapes differ; the message lists them,
@@ -48,6 +51,8 @@ def load_weights(
     weights = translate_prefix(weights, wanted)
     weights = translate_backbone(weights, wanted)
     weights, wanted = _without(skip, weights), _without(skip, wanted)
+    if classes is not None:
+        weights = map_classes(weights, wanted, classes)
     check_names(weights, wanted, allow_missing, allow_unexpected)
     known = {name: tensor for name, tensor in weights.items() if name in wanted}
     model.load_state_dict(known, strict=False)
@@ -139,7 +144,10 @@ def check_names(
         if names
     ]
     if misshapen:
-        lines.append("`skip` (train.init_skip in a config) leaves names out, by patterns.")
+        lines.append(
+            "`skip` (train.init_skip in a config) leaves names out, by patterns; `classes` "
+            "(train.init_classes) takes classes over by their names."
+        )
     if lines:
         raise CheckpointError("the weights do not fit the model. " + "\n".join(lines))
 

@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpointer
 from .config import add_dino_d2_config, apply_overrides
+from .datasets import register_datasets
 from .meta_arch import (
     DABDETR,
     DINO,
@@ -11,8 +12,10 @@ from .meta_arch import (
     DeformableDETR,
     DetrMetaArch,
 )
+from .predictor import Predictor
 from .train import evaluate, evaluate_checkpoint, train
 from .trainer import Trainer
+from .yacs import DetrTrainer
 
 __all__ = [
     "DABDETR",
@@ -23,10 +26,13 @@ __all__ = [
     "DABDeformableDETR",
     "DeformableDETR",
     "DetrMetaArch",
+    "DetrTrainer",
+    "Predictor",
     "Trainer",
     "add_dino_d2_config",
     "apply_overrides",
     "evaluate",
     "evaluate_checkpoint",
+    "register_datasets",
     "train",
 ]

@@ -16,7 +16,7 @@ from torch import distributed, nn
 from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
 from .checkpoint import Checkpointer
-from .data import check_num_classes
+from .data import check_num_classes, class_names
 from .hooks import InstabilityHook
 from .trainer import Trainer, autocast
 
@@ -62,6 +62,8 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     checkpointer = Checkpointer(
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
     )
+    if cfg.train.init_classes:
+        checkpointer.classes = class_names(cfg.train.init_classes, cfg.dataloader.train)
     main = comm.is_main_process()
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
     results = {}

@@ -2,22 +2,37 @@
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from ..box_ops import xyxy_to_cxcywh
 from ..types import Detections, Target
+from .annotations import read_annotations
+from .check import load_checked, read_entry
+from .images import resolve
 
 # The 80 of the ids 1..90 that COCO uses, in the order of Detectron2's contiguous classes.
 COCO_CATEGORY_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+COCO_CLASSES = (
+    """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+vase, scissors, teddy bear, hair drier, toothbrush
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 
 _AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -31,40 +46,56 @@ class Example(NamedTuple):
 
 
 class CocoBoxes(torch.utils.data.Dataset):
-    """The images and boxes of a COCO-format json; crowd regions and empty boxes are left out.
+    """The images and boxes of a COCO-format json; crowd regions and unusable boxes are left out.
 
-    Classes are numbered from 0 in the order of the json's category ids.
+    Classes are numbered from 0 in the order of the json's category ids. What the checks of the
+    data find is in `findings`.
+
+    Raises:
+        DataError: the data cannot be used; also when an image is read.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path):
-        content = json.loads(Path(annotations).read_text())
-        self.root = Path(images)
-        self.images = content["images"]
-        self.categories = sorted(content["categories"], key=lambda category: category["id"])
+        checked = load_checked(annotations, images)
+        self.root, self.findings = checked.images, checked.findings
+        self.images, self.categories = checked.content["images"], checked.content["categories"]
         self.category_ids = [category["id"] for category in self.categories]
         self.objects = {image["id"]: [] for image in self.images}
-        for entry in content["annotations"]:
-            if not entry.get("iscrowd", 0):
+        for entry in checked.content["annotations"]:
+            if not entry["iscrowd"]:
                 self.objects[entry["image_id"]].append(entry)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        facts = self.images[index]
-        with Image.open(self.root / facts["file_name"]) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
-        image = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-        objects = self.objects[facts["id"]]
+        entry = self.images[index]
+        pixels = read_entry(entry, resolve(self.root, entry["file_name"]))
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        objects = self.objects[entry["id"]]
         labels = [self.category_ids.index(entry["category_id"]) for entry in objects]
         corners = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float32)
         corners = corners.reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
         boxes = xyxy_to_cxcywh((corners / size).clamp(0, 1))
-        visible = (boxes[:, 2:] > 0).all(1)
-        target = Target(torch.tensor(labels, dtype=torch.int64)[visible], boxes[visible])
-        return Example(image, target, facts["id"])
+        return Example(image, Target(torch.tensor(labels, dtype=torch.int64), boxes), entry["id"])
+
+
+def read_class_names(source: str | Path) -> list[str]:
+    """Names of classes in the order of their numbers.
+
+    Args:
+        source: "coco" for the 80 of COCO; "coco91" for rows that are COCO's category ids, 0 to 90,
+            with "" for those of no class; or a COCO-format json.
+    """
+    if source == "coco":
+        return COCO_CLASSES
+    if source == "coco91":
+        names = dict(zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True))
+        return [names.get(number, "") for number in range(91)]
+    categories = sorted(read_annotations(source)["categories"], key=lambda entry: entry["id"])
+    return [category["name"] for category in categories]
 
 
 def to_coco_results(

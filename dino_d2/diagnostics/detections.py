@@ -38,7 +38,7 @@ def draw_detections(
             axes.imshow(pixels)
             axes.set_axis_off()
             for entry in objects.get(image["id"], []):
-                _draw_box(axes, entry, names)
+                draw_box(axes, entry, names)
     rows[0][0].set_title("ground truth", loc="left")
     rows[1][0].set_title(f"detections with score >= {min_score}", loc="left")
     figure.tight_layout()
@@ -52,7 +52,8 @@ def _by_image(entries) -> dict[int, list[dict]]:
     return grouped
 
 
-def _draw_box(axes, entry: dict, names: dict[int, str]) -> None:
+def draw_box(axes, entry: dict, names: dict[int, str]) -> None:
+    """Draw a COCO entry, xywh, dashed if it is a crowd; names: of the categories by id."""
     x, y, width, height = entry["bbox"]
     colour = f"C{sorted(names).index(entry['category_id']) % 10}"
     style = "--" if entry.get("iscrowd") else "-"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from synchronisations import Synchronisations, train_step, what_a_step_waits_for
-from tiny import tiny_batch, tiny_dino, tiny_targets
+from tiny import NUM_CLASSES, tiny_batch, tiny_dino, tiny_targets
 
-from dino_d2.losses import matcher
+from dino_d2.losses import Criterion, FederatedClasses, matcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +25,12 @@ def test_more_objects_than_denoising_has_room_for():
     model = tiny_dino().train()
     model.denoising.max_queries = 10
     assert what_a_step_waits_for(model, 20, 1) == ["cpu"]
+
+
+def test_the_federated_loss_waits_for_nothing():
+    choose = FederatedClasses([1.0] * NUM_CLASSES, 2)
+    model = tiny_dino(criterion=Criterion(federated=choose)).train()
+    assert what_a_step_waits_for(model, 3, 1) == ["cpu"]
 
 
 def test_mixed_precision_waits_once():

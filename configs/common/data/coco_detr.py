@@ -2,20 +2,17 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from omegaconf import OmegaConf
 
 from dino_d2.d2.data import coco_evaluator, load_datasets
+from dino_d2.d2.mapper import CheckedMapper
 
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_detection_train_loader)(
     dataset=L(load_datasets)(names="coco_2017_train"),
-    mapper=L(DatasetMapper)(
+    mapper=L(CheckedMapper)(
         is_train=True,
         augmentations=[
             L(T.RandomFlip)(),
@@ -42,7 +39,7 @@ dataloader.train = L(build_detection_train_loader)(
 
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(load_datasets)(names="coco_2017_val"),
-    mapper=L(DatasetMapper)(
+    mapper=L(CheckedMapper)(
         is_train=False,
         augmentations=[L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
         image_format="${...train.mapper.image_format}",
@@ -53,7 +50,7 @@ dataloader.test = L(build_detection_test_loader)(
 # The test images with their objects, for the instability of the matching.
 dataloader.matching = L(build_detection_test_loader)(
     dataset="${..test.dataset}",
-    mapper=L(DatasetMapper)(
+    mapper=L(CheckedMapper)(
         is_train=True,
         augmentations="${...test.mapper.augmentations}",
         image_format="${...train.mapper.image_format}",
