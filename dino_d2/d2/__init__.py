@@ -10,6 +10,7 @@ from .meta_arch import (
     DeformableDETR,
     DetrMetaArch,
 )
+from .ranks import launch
 from .train import evaluate, evaluate_checkpoint, train
 from .trainer import Trainer
 
@@ -26,5 +27,6 @@ __all__ = [
     "apply_overrides",
     "evaluate",
     "evaluate_checkpoint",
+    "launch",
     "train",
 ]
