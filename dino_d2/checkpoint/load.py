@@ -35,8 +35,9 @@ def load_weights(
     """
     weights = dict(source) if isinstance(source, Mapping) else read_weights(source)
     wanted = model.state_dict()
-    weights = translate_prefix(weights, wanted)
-    weights = translate_backbone(weights, wanted)
+    if weights.keys() != wanted.keys():
+        weights = translate_prefix(weights, wanted)
+        weights = translate_backbone(weights, wanted)
     weights, wanted = _without(skip, weights), _without(skip, wanted)
     check_names(weights, wanted, allow_missing, allow_unexpected)
     known = {name: tensor for name, tensor in weights.items() if name in wanted}

@@ -115,7 +115,7 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning("Passed over: %s", reason)
         tagged = self.get_checkpoint_file()
         if os.path.basename(tagged) != path.name:
-            logger.warning("last_checkpoint says %r; the newest valid one is", tagged)
+            logger.warning("last_checkpoint names %r, which is not the newest valid one", tagged)
         logger.info("Resuming from %s", path)
 
     def _candidates(self) -> tuple[list[Path], list[str]]:

@@ -143,11 +143,18 @@ def _ignore_signals(_worker: int) -> None:
 
 @contextmanager
 def no_workers_left() -> Iterator[None]:
-    """When an error ends the block, kill the workers that it started: a hung one would hang us."""
+    """At the end of the block, kill workers that it started and left behind.
+
+    An error leaves them, and one that hangs would let this process wait for it forever.
+    """
     before = set(multiprocessing.active_children())
     try:
         yield
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()
-        raise
+    finally:
+        left = set(multiprocessing.active_children()) - before
+        if left:
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain
+            for process in left:
+                process.kill()
+                process.join()
+            signal.signal(signal.SIGCHLD, handler)

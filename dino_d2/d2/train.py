@@ -163,7 +163,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         raise ValueError("evaluation needs weights: set train.init_checkpoint")
     model = build_model(cfg)
     Checkpointer(model).load(cfg.train.init_checkpoint)
-    return evaluate(cfg, model)
+    with no_workers_left():
+        return evaluate(cfg, model)
 
 
 def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | None:

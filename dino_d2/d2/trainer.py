@@ -96,6 +96,11 @@ class Trainer(SimpleTrainer):
         if self._stop:
             raise Stopped(self._stop)
 
+    def after_train(self) -> None:
+        """Detectron2's; and let the data loader's workers go."""
+        self._data_loader_iter_obj = None
+        super().after_train()
+
     def _backward(self, batch: list[dict], model: nn.Module) -> dict[str, Tensor]:
         """The gradient of a batch, and its losses."""
         seed_all(self.seed, comm.get_rank(), self.iter, 0)  # 4 numbers: other keys than data have
