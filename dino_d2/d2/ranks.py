@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import json
 import logging
 import os
 import re
@@ -10,8 +11,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from detectron2.engine import HookBase
@@ -23,7 +26,7 @@ logger = logging.getLogger("detectron2.dino_d2")
 
 # While one process evaluates, the others wait for it. In training, `HangHook` waits less.
 TIMEOUT = timedelta(hours=1)
-GRACE = 3.0  # seconds in which a process may end by itself after another has died, then by SIGTERM
+GRACE = 1.5  # seconds in which a process may end by itself after another has died, then by SIGTERM
 PHASES = ("", "loading data", "forward pass", "backward pass", "sharing metrics", "after the step")
 
 
@@ -131,11 +134,20 @@ def _meeting_point(arguments: argparse.Namespace) -> tuple[str, str]:
     return match[1], match[2]
 
 
+class Report(NamedTuple):
+    """What a process tells the others about itself."""
+
+    iteration: int
+    phase: int  # index into PHASES
+    beat: int  # counts, as long as the process runs at all
+    waits: int  # 1: for others, in PyTorch's collectives
+    place: str  # in the code
+
+
 class HangHook(HookBase):
     """Ends a process that has waited too long for another one, and says for which.
 
-    Every process tells the others, through the store that they met at, what it is doing. Those
-    that are behind are those that the others wait for.
+    Every process tells the others, through the store that they met at, what it is doing.
 
     Args:
         timeout: seconds. It does not count while all do the same in the first step, which may
@@ -156,38 +168,63 @@ class HangHook(HookBase):
         self._ended.set()
 
     def _watch(self) -> None:
-        seen, since = None, 0.0
+        seen, since, beat = None, 0.0, 0
         while not self._ended.wait(min(1, self.timeout / 10)):
-            now = (self.trainer.iter, self.trainer.phase)
+            now, beat = (self.trainer.iter, PHASES.index(self.trainer.phase)), beat + 1
             if now != seen:
                 seen, since = now, time.monotonic()
-                self._store.set(str(comm.get_rank()), f"{now[0]} {PHASES.index(now[1])}")
-            elif time.monotonic() - since > self.timeout:
-                self._judge()
+            self._store.set(str(comm.get_rank()), json.dumps([*now, beat, *_place()]))
+            if time.monotonic() - since > self.timeout:
+                threading.Thread(target=self._judge, daemon=True).start()
+                since = time.monotonic()
 
     def _judge(self) -> None:
-        """End this process if others are ahead or behind, or nothing excuses the delay."""
+        """End this process unless there is an excuse for the delay."""
         try:
-            stages = [self._stage(rank) for rank in range(comm.get_world_size())]
+            before = self._reports()
+            time.sleep(min(3, self.timeout / 3))
+            reports = self._reports()
         except distributed.DistError as error:
             _end(f"process 0 does not answer ({error})")
-        behind = min(stages)
-        iteration, phase = behind
-        excused = iteration == self.trainer.start_iter or PHASES[phase] == PHASES[-1]
-        if max(stages) == behind and excused:
+        moved = [new[:2] != old[:2] for old, new in zip(before, reports, strict=True)]
+        if any(moved) or self._ended.is_set():
             return
-        ranks = [rank for rank, stage in enumerate(stages) if stage == behind]
-        _end(
-            f"processes {ranks} hang: for {self.timeout} seconds the job has waited for them in "
-            f"iteration {iteration}, {PHASES[phase] or 'before the first step'}"
-        )
+        guilty = find_guilty(before, reports)
+        first, phase, *_ = reports[comm.get_rank()]
+        if not guilty and (first == self.trainer.start_iter or PHASES[phase] == PHASES[-1]):
+            return
+        places = [f"process {i} in iteration {r.iteration}, {r.place}" for i, r in enumerate(reports)]
+        named = f"process {', '.join(map(str, guilty))} hangs" if guilty else "the job hangs"
+        _end(f"{named}: nothing has moved for {self.timeout} seconds; {'; '.join(places)}")
 
-    def _stage(self, rank: int) -> tuple[int, int]:
+    def _reports(self) -> list[Report]:
         self._store.set_timeout(timedelta(seconds=10))
-        if not self._store.check([str(rank)]):
-            return (-1, 0)
-        iteration, phase = self._store.get(str(rank)).split()
-        return int(iteration), int(phase)
+        ranks = [str(rank) for rank in range(comm.get_world_size())]
+        texts = [self._store.get(r) if self._store.check([r]) else None for r in ranks]
+        return [Report(*json.loads(t)) if t else Report(-1, 0, 0, 0, "not started") for t in texts]
+
+
+def find_guilty(before: list[Report], reports: list[Report]) -> list[int]:
+    """Processes that the others wait for: stopped ones, else those behind, else those at work.
+
+    [] if all are alike.
+    """
+    stopped = [now.beat == then.beat for then, now in zip(before, reports, strict=True)]
+    behind = [report[:2] == min(reports)[:2] for report in reports]
+    working = [not report.waits for report in reports]
+    for signs in (stopped, behind, working):
+        if any(signs) and not all(signs):
+            return [rank for rank, sign in enumerate(signs) if sign]
+    return []
+
+
+def _place() -> tuple[int, str]:
+    """Whether the main thread is in a collective, and where it is."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    frames = list(traceback.walk_stack(frame))
+    files = [f.f_code.co_filename for f, _ in frames]
+    waits = any(os.path.join("torch", "distributed") in file for file in files)
+    return int(waits), f"{files[0]}:{frames[0][1]} ({frame.f_code.co_name})"
 
 
 def _end(reason: str) -> None:

@@ -75,7 +75,12 @@ class Trainer(SimpleTrainer):
         self.phase = "loading data"
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        losses = self._backward(batch, self.model)
+        try:
+            losses = self._backward(batch, self.model)
+        except NonFiniteError as error:  # the others end because this process does
+            raise FloatingPointError(
+                f"not finite in iteration {self.iter}: {error}\n{self._diagnose(batch)}"
+            ) from error
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(
             [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -105,11 +110,8 @@ class Trainer(SimpleTrainer):
         """The gradient of a batch, and its losses."""
         seed_all(self.seed, comm.get_rank(), self.iter, 0)  # 4 numbers: other keys than data have
         self.phase = "forward pass"
-        try:
-            with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-                losses = model(batch)
-        except NonFiniteError as error:
-            raise FloatingPointError(f"iteration {self.iter}: {error}{self._keep(batch)}") from error
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            losses = model(batch)
         self.optimizer.zero_grad()
         self.phase = "backward pass"
         self.scaler.scale(sum(losses.values())).backward()
@@ -147,17 +149,19 @@ class Trainer(SimpleTrainer):
     def _diagnose(self, batch: list[dict]) -> str:
         """Repeat the step in this process alone: where it goes wrong, and with which images."""
         model = getattr(self.model, "module", self.model)
+        losses = {}
         with record_non_finite(model) as found:
             try:
                 losses = self._backward(batch, model)
-            except Exception as error:
-                return f"Process {comm.get_rank()}: {error}"
+            except Exception as error:  # of the matcher, or out of memory
+                found.outputs.append(str(error))
         names = [f"loss {name!r}" for name, loss in losses.items() if not loss.isfinite()]
-        names += [f"output of {name!r}" for name in found.outputs[:1]]
-        names += [f"gradient at the output of {name!r}" for name in found.gradients[:1]]
+        names += [f"first the output of {name!r}" for name in found.outputs[:1]]
+        names += [f"first the gradient at the output of {name!r}" for name in found.gradients[:1]]
         gradients = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
         weights = [name for name, gradient in gradients if not gradient.isfinite().all()]
-        names += [f"gradient of {len(weights)} weights, {weights[-1]!r} the last"] if weights else []
+        if weights and losses:
+            names.append(f"the gradients of {len(weights)} weights, such as {weights[-1]!r}")
         return f"Process {comm.get_rank()}: {', '.join(names)}{self._keep(batch)}" if names else ""
 
     def _keep(self, batch: list[dict]) -> str:
