@@ -18,16 +18,15 @@ srun, one process per task:
     srun --ntasks-per-node 8 python train_net.py --config-file dino/dino_r50_4scale_12ep
 """
 
-from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser, default_setup
 
 from dino_d2 import model_zoo
-from dino_d2.d2 import apply_overrides, evaluate_checkpoint, launch, train
+from dino_d2.d2 import apply_overrides, evaluate_checkpoint, launch, load_config, train
 
 
 def main(args):
     """One process of the job."""
-    cfg = apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = apply_overrides(load_config(args.config_file), args.opts)
     default_setup(cfg, args)
     if args.eval_only:
         return evaluate_checkpoint(cfg)

@@ -1,7 +1,7 @@
 """The adapter to Detectron2. The only package here that imports it."""
 
 from .checkpoint import Checkpointer
-from .config import add_dino_d2_config, apply_overrides
+from .config import add_dino_d2_config, apply_overrides, load_config
 from .meta_arch import (
     DABDETR,
     DINO,
@@ -28,5 +28,6 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "launch",
+    "load_config",
     "train",
 ]

@@ -1,7 +1,9 @@
 """A run that resumes is the run that never stopped."""
 
+import os
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -19,14 +21,15 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"), num_images=5)
 
 
-def run(out, data, *more, resume=False, steps=STEPS):
-    """Train without evaluation; whatever the generators are, the config's seed decides."""
+def run(out, data, *more, resume=False, steps=STEPS, evaluate=False):
+    """Train, by default without evaluation; whatever the generators are, the config's seed decides."""
     from dino_d2.d2 import train
 
     random.seed()
     np.random.seed(None)
     cfg = make_config(out, data, steps, *PERIOD, *more)
-    del cfg.dataloader.evaluator
+    if not evaluate:
+        del cfg.dataloader.evaluator
     torch.manual_seed(1)  # of the weights at the start
     train(cfg, resume)
 
@@ -93,3 +96,30 @@ def test_a_run_without_a_seed_keeps_the_one_it_drew(data, tmp_path):
     out = cut(tmp_path / "a", tmp_path / "b", 0)
     run(out, data, *settings, resume=True, steps=3)
     assert_same(out / "model_final.pth", tmp_path / "a" / "model_final.pth")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["run_step", "after_step", "evaluation"])
+def test_a_signal_saves_the_step_and_ends(whole, data, tmp_path, monkeypatch, number, place):
+    """In the third step, in the hooks after it, and in the evaluation that is one of them."""
+    from dino_d2.d2 import Trainer
+    from dino_d2.d2.evaluation import CheckedEvaluator
+
+    owner = CheckedEvaluator if place == "evaluation" else Trainer
+    name = "process" if place == "evaluation" else place
+    method, calls = getattr(owner, name), []
+
+    def interrupted(self, *arguments):
+        calls.append(None)
+        if len(calls) == (1 if place == "evaluation" else 3):
+            os.kill(os.getpid(), number)
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    settings = ["train.eval_period=3", "dataloader.train.sampler=" + sampler()]
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, data, *settings, evaluate=True)
+    assert ended.value.code == 128 + number
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert_same(tmp_path / "model_0000002.pth", whole / "model_0000002.pth")
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
