@@ -139,9 +139,8 @@ class Trainer(SimpleTrainer):
         self._skipped = self._skipped + 1 if bad else 0
         if not bad or (self.scaler.is_enabled() and bad == ["grad_norm"] and self._skipped <= 30):
             return  # a scaler skips the step, and tries a smaller scale
-        losses = ", ".join(name for name in bad if name != "grad_norm")
-        what = f"not finite in iteration {self.iter}: {losses}"
-        if not losses:
+        what = f"not finite in iteration {self.iter}: {', '.join(bad)}"
+        if bad == ["grad_norm"]:
             what = f"the gradient is not finite in iteration {self.iter}"
         reports = comm.all_gather(self._diagnose(batch))
         raise FloatingPointError("\n".join([what, *filter(None, reports)]))

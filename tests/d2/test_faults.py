@@ -5,6 +5,7 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -215,6 +216,54 @@ def test_a_hung_worker_is_noticed(data, tmp_path):
         assert "DataLoader timed out after 5 seconds" in job.output()
         assert job.children("train_net") == []
     report("hung worker, timeout 5 s: seconds until the job had ended", f"{time.time() - start:.1f}")
+
+
+@only_full
+def test_a_full_disk_loses_nothing(tmp_path):
+    """At 20 levels, writing over the old file or beside it."""
+    from dino_d2.checkpoint import CheckpointError
+
+    lost, levels = 0, 20
+    checkpointer(tmp_path, trainer=Steps()).save("model_0000001", iteration=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for level in range(levels):
+        for name in ("model_0000001", "model_0000002"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (level * 20_000, limits[1]))
+            try:
+                with pytest.raises(CheckpointError, match="cannot be written"):
+                    checkpointer(tmp_path, 100, trainer=Steps()).save(name, iteration=2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            lost += {file.name: file.read_bytes() for file in tmp_path.iterdir()} != before
+    report(f"disk-full levels that lose or leave anything, of {levels} x 2", lost)
+    assert lost == 0
+
+
+@only_full
+@pytest.mark.parametrize("checksum", [True, False])
+def test_no_damage_loads_silently(tmp_path, checksum):
+    """400 bits turned over, 100 blocks of zeros; with and without the checksum beside the file."""
+    from dino_d2.checkpoint import CheckpointError, read_weights, write_weights
+
+    path, generator, silent = tmp_path / "model.pth", random.Random(0), 0
+    weights = {f"layer{i}": torch.randn(42, 42) for i in range(10)}
+    write_weights(weights, path)
+    whole = path.read_bytes()
+    checksum or (tmp_path / "model.pth.sha256").unlink()
+    for block in [False] * 400 + [True] * 100:
+        data, at = bytearray(whole), generator.randrange(len(whole) - 512)
+        data[at : at + 512] = bytes(512) if block else data[at : at + 512]
+        data[at] ^= 0 if block else 1 << generator.randrange(8)
+        path.write_bytes(data)
+        try:
+            found = read_weights(path)
+        except CheckpointError:
+            continue
+        same = found.keys() == weights.keys() and all(map(torch.equal, found.values(), weights.values()))
+        silent += not same
+    report(f"damaged files that load silently, of 500, checksum beside: {checksum}", silent)
+    assert silent == 0
 
 
 def test_integrity_costs_little(tmp_path):
