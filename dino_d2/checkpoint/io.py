@@ -64,7 +64,7 @@ def read_content(path: str | os.PathLike) -> dict:
 
 
 def peek(path: str | os.PathLike) -> dict:
-    """What `read_content` returns for a file of `torch.save`, neither verified nor copied to memory."""
+    """What `read_content` returns, of a file of `torch.save`, not verified and mapped to memory."""
     content = _read_torch(Path(path), mmap=True)
     return dict(content) if isinstance(content, Mapping) else {}
 

@@ -134,7 +134,9 @@ class Checkpointer(DetectionCheckpointer):
     def _agree(self, path: str) -> str:
         """The main process's choice, which every process must be able to read."""
         path = comm.all_gather(path)[0]
-        blind = [rank for rank, sees in enumerate(comm.all_gather(os.path.isfile(path))) if not sees]
+        blind = [
+            rank for rank, sees in enumerate(comm.all_gather(os.path.isfile(path))) if not sees
+        ]
         if path and blind:
             raise CheckpointError(
                 f"processes {blind} cannot read {path}: train.output_dir must be on a file system "

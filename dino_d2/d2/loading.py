@@ -22,7 +22,7 @@ class LoadingError(RuntimeError):
 
 
 def seed_all(*key: int) -> None:
-    """Seed Python, NumPy and PyTorch: the same key, the same numbers; other keys, unrelated ones."""
+    """Seed Python, NumPy and PyTorch; numbers of different keys have nothing in common."""
     python, numpy, pytorch = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(python)
     np.random.seed(numpy)
@@ -30,7 +30,7 @@ def seed_all(*key: int) -> None:
 
 
 class _Samples(Dataset):
-    """Mapped images by ((seed, process, position), index); the first three seed the augmentation."""
+    """Mapped images by ((seed, process, position), index); the first three seed what is random."""
 
     def __init__(self, dataset: list[dict], mapper: Callable):
         self.dataset = DatasetFromList(dataset, copy=False)

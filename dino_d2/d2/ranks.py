@@ -193,7 +193,9 @@ class HangHook(HookBase):
         first, phase, *_ = reports[comm.get_rank()]
         if not guilty and (first == self.trainer.start_iter or PHASES[phase] == PHASES[-1]):
             return
-        places = [f"process {i} in iteration {r.iteration}, {r.place}" for i, r in enumerate(reports)]
+        places = [
+            f"process {i} in iteration {r.iteration}, {r.place}" for i, r in enumerate(reports)
+        ]
         named = f"process {', '.join(map(str, guilty))} hangs" if guilty else "the job hangs"
         _end(f"{named}: nothing has moved for {self.timeout} seconds; {'; '.join(places)}")
 

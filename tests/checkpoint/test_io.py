@@ -9,7 +9,6 @@ import resource
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from dino_d2.checkpoint import CheckpointError, read_weights, write_weights
@@ -160,7 +159,9 @@ def test_no_damage_is_silent(tmp_path, block, checksum):
     for _ in range(40):
         path.write_bytes(damaged(whole, generator, block))
         if checksum and path.read_bytes() != whole:
-            with pytest.raises(CheckpointError, match=r"damaged; it does not match weights\.pth\.sha"):
+            with pytest.raises(
+                CheckpointError, match=r"damaged; it does not match weights\.pth\.sha"
+            ):
                 read_weights(path)
             continue
         with contextlib.suppress(CheckpointError):

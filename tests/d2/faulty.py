@@ -10,7 +10,7 @@ from dino_d2.d2 import DINO
 
 
 class FaultyDINO(DINO):
-    """$FAULT is "what step process"; what is "loss", "output", "gradient", "raise", "exit", "hang"."""
+    """$FAULT is "what step process": loss, output, gradient, raise, exit or hang, or none."""
 
     steps = 0
 

@@ -1,5 +1,6 @@
 """Runs of `train_net.py` in which something goes wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -31,7 +32,9 @@ def environment(fault="none 0 0"):
 class Job:
     """A run on the CPU, with what it prints and how long it takes to end."""
 
-    def __init__(self, out, data, *more, processes=1, fault="none 0 0", resume=False, steps=100_000):
+    def __init__(
+        self, out, data, *more, processes=1, fault="none 0 0", resume=False, steps=100_000
+    ):
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         script, *arguments = command(out, data, steps, *more)
@@ -86,8 +89,6 @@ class Job:
 
     def __exit__(self, *_):
         """Leave nothing behind, whatever happened."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()

@@ -54,7 +54,9 @@ def test_resuming_takes_the_newest(tmp_path):
     assert resume(tmp_path) == 9
 
 
-@pytest.mark.parametrize("tag", [None, "", "model_0000099.pth", "../../etc/passwd", "model_0000005.pth"])
+@pytest.mark.parametrize(
+    "tag", [None, "", "model_0000099.pth", "../../etc/passwd", "model_0000005.pth"]
+)
 def test_the_tag_may_be_lost_or_wrong(tmp_path, tag, caplog):
     save(tmp_path, 5, 9)
     (tmp_path / "last_checkpoint").unlink()
@@ -81,7 +83,9 @@ def test_a_lost_run_does_not_start_from_the_beginning(tmp_path, loss):
     save(tmp_path, 5)
     path = tmp_path / "model_0000005.pth"
     damage(path) if loss == "damaged" else path.unlink()
-    with pytest.raises(CheckpointError, match=r"no valid checkpoint .*model_0000005\.pth.*--resume"):
+    with pytest.raises(
+        CheckpointError, match=r"no valid checkpoint .*model_0000005\.pth.*--resume"
+    ):
         resume(tmp_path)
 
 
@@ -135,7 +139,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
     ("change", "message"),
     [
         (lambda weight: weight * torch.nan, "1 not finite:\n  weight"),
-        (lambda weight: weight.to(torch.int8), r"1 not floating-point numbers:\n  weight: torch\.int8"),
+        (
+            lambda weight: weight.to(torch.int8),
+            r"1 not floating-point numbers:\n  weight: torch\.int8",
+        ),
     ],
 )
 def test_weights_that_are_not_numbers_are_not_loaded(tmp_path, change, message):
@@ -154,6 +161,8 @@ def test_a_process_that_cannot_see_the_checkpoint_is_an_error(tmp_path, monkeypa
     from dino_d2.d2 import checkpoint
 
     save(tmp_path, 5)
-    monkeypatch.setattr(checkpoint.comm, "all_gather", lambda mine: [mine, mine and mine is not True])
+    monkeypatch.setattr(
+        checkpoint.comm, "all_gather", lambda mine: [mine, mine and mine is not True]
+    )
     with pytest.raises(CheckpointError, match=r"processes \[1\] cannot read .*model_0000005\.pth"):
         resume(tmp_path)

@@ -32,7 +32,8 @@ def test_every_shipped_config_may_be_a_yaml_file(tmp_path, name):
 
 
 BOMB = "  a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
-    f"  {b}: &{b} [{','.join(9 * [f'*{a}'])}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    f"  {b}: &{b} [{','.join(9 * [f'*{a}'])}]\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 
 

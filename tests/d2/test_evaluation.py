@@ -59,7 +59,11 @@ def test_what_is_not_finite_is_refused(what, bad):
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([1, 2, 2], "1 images were evaluated twice, as id 2"), ([1], "1 images were .* has 2"), ([], "0")],
+    [
+        ([1, 2, 2], "1 images were evaluated twice, as id 2"),
+        ([1], "1 images were .* has 2"),
+        ([], "0"),
+    ],
 )
 def test_images_seen_twice_or_not_at_all_are_refused(ids, message):
     from dino_d2.d2.evaluation import EvaluationError

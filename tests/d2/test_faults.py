@@ -99,7 +99,9 @@ def test_a_kill_loses_nothing_that_was_saved(tmp_path, mode):
             except RuntimeError:
                 torn += 1
         shutil.rmtree(folder)
-    report(f"SIGKILL, {mode}: points that lose a period / torn files, of {kills}", f"{lost} / {torn}")
+    report(
+        f"SIGKILL, {mode}: points that lose a period / torn files, of {kills}", f"{lost} / {torn}"
+    )
     assert (lost, torn) == (0, 0)
 
 
@@ -108,7 +110,11 @@ def test_signals_end_a_run_with_a_checkpoint_that_resumes_exactly(data, tmp_path
     """Also in a save, in an evaluation and in a wait for data, as it comes."""
     rounds, generator, slowest = 20, random.Random(0), 0
     steps = 12
-    settings = ["train.eval_period=3", "train.checkpointer.period=2", "dataloader.train.num_workers=1"]
+    settings = [
+        "train.eval_period=3",
+        "train.checkpointer.period=2",
+        "dataloader.train.num_workers=1",
+    ]
     with Job(tmp_path / "whole", data, *settings, steps=steps) as whole:
         assert whole.end()[0] == 0, whole.output()
     expected = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
@@ -130,7 +136,10 @@ def test_signals_end_a_run_with_a_checkpoint_that_resumes_exactly(data, tmp_path
             state.pop("run_start", None)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         shutil.rmtree(out)
-    report("SIGTERM or SIGINT to checkpoint and exit, slowest in s", f"{slowest:.1f}, {rounds} of {rounds}")
+    report(
+        "SIGTERM or SIGINT to checkpoint and exit, slowest in s",
+        f"{slowest:.1f}, {rounds} of {rounds}",
+    )
     report("resumed run bit-equal to the uninterrupted one", f"{rounds} of {rounds}")
     assert slowest < 30
 
@@ -149,10 +158,17 @@ def test_a_number_that_is_not_finite_in_one_process_ends_all(data, tmp_path, wha
     assert "encoder" in output or what == "loss"
     (kept,) = tmp_path.glob("non_finite_0000002_process1.pt")
     assert torch.load(kept, weights_only=True)[0]["image"].ndim == 3
-    files = {file.name: torch.load(file, weights_only=True) for file in tmp_path.glob("model_*.pth")}
+    files = {
+        file.name: torch.load(file, weights_only=True) for file in tmp_path.glob("model_*.pth")
+    }
     assert set(files) == {"model_0000000.pth", "model_0000001.pth"}
-    poisoned = [n for n, f in files.items() if not all(t.isfinite().all() for t in f["model"].values())]
-    report(f"not finite: {what}; iterations until all stopped / poisoned checkpoints", f"0 / {len(poisoned)}")
+    poisoned = [
+        n for n, f in files.items() if not all(t.isfinite().all() for t in f["model"].values())
+    ]
+    report(
+        f"not finite: {what}; iterations until all stopped / poisoned checkpoints",
+        f"0 / {len(poisoned)}",
+    )
     report("    seconds until all had ended", f"{seconds:.1f}")
     assert poisoned == []
 
@@ -189,7 +205,9 @@ def test_a_hung_process_is_named_and_ends_the_job(data, tmp_path, what):
         seconds = time.time() - start
         assert "process 1 hangs: nothing has moved for 5 seconds" in job.output()
         assert job.children() == []
-    report(f"hung process ({what}), timeout 5 s: named; seconds until all had ended", f"{seconds:.1f}")
+    report(
+        f"hung process ({what}), timeout 5 s: named; seconds until all had ended", f"{seconds:.1f}"
+    )
     assert seconds < 5 + 35
 
 
@@ -215,7 +233,9 @@ def test_a_hung_worker_is_noticed(data, tmp_path):
         assert job.process.wait(60) == 1
         assert "DataLoader timed out after 5 seconds" in job.output()
         assert job.children("train_net") == []
-    report("hung worker, timeout 5 s: seconds until the job had ended", f"{time.time() - start:.1f}")
+    report(
+        "hung worker, timeout 5 s: seconds until the job had ended", f"{time.time() - start:.1f}"
+    )
 
 
 @only_full
@@ -260,7 +280,9 @@ def test_no_damage_loads_silently(tmp_path, checksum):
             found = read_weights(path)
         except CheckpointError:
             continue
-        same = found.keys() == weights.keys() and all(map(torch.equal, found.values(), weights.values()))
+        same = found.keys() == weights.keys() and all(
+            map(torch.equal, found.values(), weights.values())
+        )
         silent += not same
     report(f"damaged files that load silently, of 500, checksum beside: {checksum}", silent)
     assert silent == 0

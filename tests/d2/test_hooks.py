@@ -144,7 +144,9 @@ def test_training_that_never_sees_an_object_ends():
 
     seen = []
     steps = ((seen.append(i) or i, boxes(0.0)) for i in range(5, 100))
-    with pytest.raises(RuntimeError, match="in 7 iterations, no object was matched.*check_dataset"):
+    with pytest.raises(
+        RuntimeError, match=r"in 7 iterations, no object was matched.*check_dataset"
+    ):
         run_hook(NoObjectsHook(7), steps, start_iter=5)
     assert seen == list(range(5, 12))
 

@@ -96,7 +96,7 @@ def test_a_silent_worker_is_an_error():
 
     loader = build_train_loader(IMAGES, lambda image: time.sleep(100), 1, num_workers=1)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="timed out after 0.5 seconds"), no_workers_left():
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.5 seconds"), no_workers_left():
         batches(watch_workers(loader, 0.5))
     assert time.monotonic() - start < 20
 

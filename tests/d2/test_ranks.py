@@ -89,9 +89,9 @@ def test_machines_need_a_place_to_meet():
 def test_torchrun(tmp_path):
     """It starts the processes, and they are one job."""
     data = make_data(tmp_path / "data", num_images=4)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        + command(tmp_path / "out", data, 1),
+        [sys.executable, *launcher, *command(tmp_path / "out", data, 1)],
         env=environment(),
         capture_output=True,
         text=True,

@@ -22,7 +22,7 @@ def data(tmp_path_factory):
 
 
 def run(out, data, *more, resume=False, steps=STEPS, evaluate=False):
-    """Train, by default without evaluation; whatever the generators are, the config's seed decides."""
+    """Train, by default without evaluation. The config's seed decides, not the generators."""
     from dino_d2.d2 import train
 
     random.seed()
