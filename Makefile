@@ -1,6 +1,7 @@
-# make demo   train a small DINO on generated images, evaluate it, draw its detections
-# make test   the whole test suite
-# make check  formatters, linter, suite
+# make demo          train a small DINO on generated images, evaluate it, draw its detections
+# make test          the whole test suite
+# make test-faults   kills, full disks, damage, hung processes: every drill, with its figures
+# make check         formatters, linter, suite
 # Set-up happens on the first call: a virtual environment in .venv that sees the packages of $(PYTHON),
 # the missing dependencies, the compiled operators, and Detectron2 if it can be had.
 
@@ -13,13 +14,16 @@ NATIVE := $(shell find ops -type f -name '*.[hc]*')
 # small tensors slower, and on a busy machine many times slower.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test test-faults check format setup clean
 
 demo: setup
 	$(RUN) -m dino_d2.tools.demo --out output/demo
 
 test: setup
 	$(RUN) -m pytest
+
+test-faults: setup
+	FAULTS=full $(RUN) -m pytest -m faults -s -q
 
 check: setup $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -31,7 +31,7 @@ RIM = {
     "model_zoo": set(),
 }
 TOOLS = {"tools": {"torch", "numpy", "PIL", "matplotlib", "safetensors"}}
-DETECTRON2 = {"detectron2", "fvcore", "omegaconf"}
+DETECTRON2 = {"detectron2", "fvcore", "omegaconf", "yaml"}  # and its needs
 ADAPTER = {"d2": {"torch", "numpy", "pycocotools", *DETECTRON2}}
 INSIDE_FUNCTIONS = {"d2": {"cv2", "lvis"}, "tools": DETECTRON2, "model_zoo": DETECTRON2}
 

@@ -12,8 +12,8 @@ DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
         *ROOT.glob("*/README.md"),
-        *ROOT.glob("projects/*/*.md"),
         *ROOT.glob("docs/*.md"),
+        *ROOT.glob("projects/*/*.md"),
     ]
 )
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -12,8 +12,11 @@ train = dict(
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=7393, max_to_keep=5),
     eval_period=7393,
+    best_metric="bbox/AP",  # its best evaluation's weights stay in model_best.pth; "" keeps none
     instability_period=0,  # iterations between matchings of the test set; 0 never
     log_period=20,
     device="auto",  # "cuda" where there is a GPU, else "cpu"
     seed=42,
+    hang_timeout=300,  # seconds that a process may keep the others waiting in a step
+    worker_timeout=120,  # seconds that a data loader's workers may be silent
 )

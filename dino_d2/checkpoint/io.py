@@ -1,11 +1,17 @@
 """Reads and writes weight files. Nothing that a file contains is ever executed."""
 
 import argparse
+import contextlib
+import hashlib
+import logging
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -13,6 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+CHECKSUM, UNFINISHED = ".sha256", ".unfinished"  # added to the name of a file
 _NESTS = ("model", "state_dict", "model_state")  # where repositories put the weights
 
 
@@ -41,8 +55,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def read_content(path: str | os.PathLike) -> dict:
     """Everything in a weight file, a trainer's state for example; see `read_weights`."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+    verify(path)
     readers = {".safetensors": _read_safetensors, ".pkl": _read_pickle}
     content = readers.get(path.suffix, _read_torch)(path)
     if not isinstance(content, Mapping):
@@ -50,23 +63,166 @@ def read_content(path: str | os.PathLike) -> dict:
     return dict(content)
 
 
+def peek(path: str | os.PathLike) -> dict:
+    """What `read_content` returns, of a file of `torch.save`, not verified and mapped to memory."""
+    content = _read_torch(Path(path), mmap=True)
+    return dict(content) if isinstance(content, Mapping) else {}
+
+
+def verify(path: str | os.PathLike) -> None:
+    """Compare a file with the checksum beside it; without one, a zip archive with its own.
+
+    Raises:
+        CheckpointError: the file is missing or has changed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    checksum = _beside(path, CHECKSUM)
+    if checksum.is_file():
+        if checksum.read_text().split()[:1] != [_sha256(path)]:
+            raise CheckpointError(f"{path}: damaged; it does not match {checksum.name}")
+    elif zipfile.is_zipfile(path):
+        try:  # PyTorch writes checksums into its archives but does not read them
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # damaged archives fail in many ways
+            raise _unreadable(path, error) from error
+        if damaged:
+            raise CheckpointError(f"{path}: damaged; {damaged} in it does not match its checksum")
+
+
 def write_weights(weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a weight file, .safetensors or .pth as {"model": weights}; whole or not at all."""
+    """Write a weight file, .safetensors or .pth as {"model": weights}; see `replace_file`."""
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth"):
         raise CheckpointError(f"{path}: the name must end in .safetensors or .pth")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
     # a safetensors file holds every tensor by itself
     weights = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+    if path.suffix == ".safetensors":
+        replace_file(path, lambda file: file.write(safetensors.torch.save(weights)))
+    else:
+        replace_file(path, lambda file: torch.save({"model": weights}, file))
+
+
+def replace_file(
+    path: str | os.PathLike, write: Callable[[BinaryIO], object], checksum: bool = True
+) -> None:
+    """Write a file whole or not at all, and beside it its checksum, as `sha256sum -c` reads it.
+
+    A crash at any moment leaves the old file or the new one under the name, never a part, and
+    never one beside the checksum of the other.
+
+    Raises:
+        CheckpointError: the file cannot be written. What was there before is untouched.
+    """
+    path = Path(path)
+    unfinished = _beside(path, UNFINISHED)
     try:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(weights, unfinished)
-        else:
-            torch.save({"model": weights}, unfinished)
-        os.replace(unfinished, path)
+        with _locked(path.parent):
+            digest = _write_through(unfinished, write)
+            sums = _beside(path, CHECKSUM)
+            if checksum:
+                line = f"{digest}  {path.name}\n".encode()
+                _write_through(_beside(sums, UNFINISHED), lambda file: file.write(line))
+            sums.unlink(missing_ok=True)
+            os.replace(unfinished, path)
+            if checksum:
+                os.replace(_beside(sums, UNFINISHED), sums)
+    except (OSError, RuntimeError) as error:  # PyTorch turns one into the other
+        for file in (unfinished, _beside(_beside(path, CHECKSUM), UNFINISHED)):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise _unwritable(path, write, error) from error
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _write_through(path: Path, write: Callable[[BinaryIO], object]) -> str:
+    """Write a file, wait until the disk has it, and return its SHA-256."""
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        write(hashing)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashing.sha256.hexdigest()
+
+
+class _Hashing:
+    """Passes on what is written, and knows its SHA-256 and length. Without a file, only those."""
+
+    def __init__(self, file: BinaryIO | None = None):
+        self.file, self.sha256, self.length = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        if self.file is not None:
+            self.file.write(data)
+            self.sha256.update(data)
+        self.length += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is kept here."""
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time. Clears away what a killed one left; at the end, syncs the folder."""
+    if fcntl is None:
+        yield
+        return
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process that writes to %s", folder)
+                fcntl.flock(directory, fcntl.LOCK_EX)
+        _tidy(folder)
+        yield
+        os.fsync(directory)
     finally:
-        unfinished.unlink(missing_ok=True)
+        os.close(directory)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete unfinished checkpoints, and checksums of those that are gone."""
+    for file in folder.glob(f"*.pth*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
+    for file in folder.glob(f"*.pth{CHECKSUM}"):
+        if not file.with_suffix("").exists():
+            file.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, write: Callable, error: Exception) -> CheckpointError:
+    """Says how much there was to write, and how much room."""
+    cause = error
+    while cause.__context__ is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
+    counter = _Hashing()
+    with contextlib.suppress(Exception):  # then it was not the disk
+        write(counter)
+    try:
+        room = f"{shutil.disk_usage(path.parent).free} bytes are free"
+    except OSError:
+        room = "the folder cannot be read"
+    return CheckpointError(
+        f"{path}: cannot be written ({reason}); it needs {counter.length} bytes, {room}. What was "
+        "there before is untouched."
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -76,11 +232,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a valid safetensors file ({error})") from error
 
 
-def _read_torch(path: Path) -> object:
+def _read_torch(path: Path, mmap: bool = False) -> object:
     # Official checkpoints carry their command line, which is plain data.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # damaged archives fail in many ways
             asked = re.search(r"GLOBAL (\S+)", str(error))
             if asked:

@@ -43,13 +43,14 @@ def load_weights(
         classes: names of the source's and the model's classes, see `map_classes`.
 
     Raises:
-        CheckpointError: names are missing or unexpected, or shapes differ; the message lists them,
-            and the model is unchanged.
+        CheckpointError: names are missing or unexpected, shapes differ, or weights are not finite
+            or no floating-point numbers; the message lists them, and the model is unchanged.
     """
     weights = dict(source) if isinstance(source, Mapping) else read_weights(source)
     wanted = model.state_dict()
-    weights = translate_prefix(weights, wanted)
-    weights = translate_backbone(weights, wanted)
+    if weights.keys() != wanted.keys():
+        weights = translate_prefix(weights, wanted)
+        weights = translate_backbone(weights, wanted)
     weights, wanted = _without(skip, weights), _without(skip, wanted)
     if classes is not None:
         weights = map_classes(weights, wanted, classes)
@@ -123,7 +124,7 @@ def check_names(
     allow_missing: Sequence[str],
     allow_unexpected: Sequence[str],
 ) -> None:
-    """Raise a CheckpointError that lists every missing, unexpected and misshapen name."""
+    """Raise a CheckpointError that lists every missing, unexpected and unusable name."""
     missing = [
         name
         for name in wanted
@@ -137,7 +138,19 @@ def check_names(
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    both = [name for name in wanted if name in weights]
+    integers = [
+        f"{name}: {weights[name].dtype}"
+        for name in both
+        if wanted[name].is_floating_point() and not weights[name].is_floating_point()
+    ]
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "not floating-point numbers": integers,
+        "not finite": [name for name in both if not weights[name].isfinite().all()],
+    }
     lines = [
         f"{len(names)} {kind}:\n" + "\n".join(f"  {name}" for name in names)
         for kind, names in problems.items()

@@ -1,7 +1,7 @@
 """The adapter to Detectron2. The only package here that imports it."""
 
 from .checkpoint import Checkpointer
-from .config import add_dino_d2_config, apply_overrides
+from .config import add_dino_d2_config, apply_overrides, load_config
 from .datasets import register_datasets
 from .meta_arch import (
     DABDETR,
@@ -13,6 +13,7 @@ from .meta_arch import (
     DetrMetaArch,
 )
 from .predictor import Predictor
+from .ranks import launch
 from .train import evaluate, evaluate_checkpoint, train
 from .trainer import Trainer
 from .yacs import DetrTrainer
@@ -33,6 +34,8 @@ __all__ = [
     "apply_overrides",
     "evaluate",
     "evaluate_checkpoint",
+    "launch",
+    "load_config",
     "register_datasets",
     "train",
 ]

@@ -3,10 +3,17 @@
 import copy
 import difflib
 import inspect
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+
+from ..model_zoo import root
 
 # Arguments of the builders in `dino_d2.models`; "" stands for None. NUM_DETECTIONS of None
 # are as many as published: 100 for DN-DETR's deformable form, else 300.
@@ -37,6 +44,112 @@ _YACS = {
         "TWO_STAGE": False,
     },
 }
+
+# What a YAML config may build. A Python config is a program, and may do anything.
+_TARGETS = (
+    "detectron2.data.",
+    "detectron2.evaluation.",
+    "detectron2.layers.",
+    "detectron2.modeling.",
+    "detectron2.solver.",
+    "dino_d2.backbones.",
+    "dino_d2.d2.",
+    "dino_d2.losses.",
+    "dino_d2.models.",
+    "fvcore.common.param_scheduler.",
+    "torch.nn.",
+    "torch.optim.",
+)
+_MAX_BYTES, _MAX_NODES = 1 << 20, 100_000
+
+
+class ConfigError(ValueError):
+    """A config file cannot be used; the message names the file and the key."""
+
+
+def load_config(path: str | os.PathLike) -> DictConfig:
+    """A LazyConfig from a .py file, which is a program and to be trusted, or from a .yaml file.
+
+    YAML files run no code: they hold plain values, may build detectors, data sets, optimizers and
+    their parts, and read no environment variables.
+
+    Raises:
+        ConfigError: a YAML file is no such config, or has a key that means nothing.
+    """
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml"):
+        return LazyConfig.load(str(path))
+    if path.stat().st_size > _MAX_BYTES:
+        raise ConfigError(f"{path}: more than {_MAX_BYTES} bytes are no config")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not plain YAML ({error})") from error
+    try:
+        _check_content(content)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def _check_content(content: object) -> None:
+    if not isinstance(content, dict):
+        raise ValueError("no dictionary of settings")
+    known = LazyConfig.load(str(root() / "configs" / "common" / "train.py"))["train"]
+    sections = {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
+    _check_names("", content, sections)
+    _check_names("train.", content.get("train") or {}, set(known))
+    for count, (key, value) in enumerate(_walk("", content)):
+        if count > _MAX_NODES:
+            raise ValueError(f"more than {_MAX_NODES} values, most of them by aliases")
+        if isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+            raise ValueError(f"{key}: {value!r} would call a function")
+        if isinstance(value, dict) and "_target_" in value:
+            parameters = _parameters(_find_target(key, value["_target_"]))
+            if parameters is not None:
+                _check_names(f"{key}.", value, {"_target_", *parameters})
+
+
+def _check_names(prefix: str, given: dict, known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            _raise_unknown(f"{prefix}{name}", str(name), known)
+
+
+def _walk(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """All values with their keys, as often as they are used."""
+    yield key, value
+    parts = dict(enumerate(value)) if isinstance(value, list) else value
+    for name, part in parts.items() if isinstance(parts, dict) else ():
+        yield from _walk(f"{key}.{name}".lstrip("."), part)
+
+
+def _find_target(key: str, name: object) -> object:
+    """What a YAML file wants to build; nothing is imported that it may not have.
+
+    Raises:
+        ValueError: it may not, or there is no such thing.
+    """
+    fine = isinstance(name, str) and name.startswith(_TARGETS) and "._" not in name
+    try:
+        target = locate(name) if fine else None
+    except Exception:
+        target = None
+    origin = f"{getattr(target, '__module__', '')}."  # a module's imports are not its own
+    if not callable(target) or not origin.startswith((*_TARGETS, "dino_d2.")):
+        raise ValueError(
+            f"{key}: a YAML file may not build {name!r}, only what is in "
+            f"{', '.join(prefix[:-1] for prefix in _TARGETS)}"
+        )
+    return target
+
+
+def _parameters(target: object) -> set[str] | None:
+    """Names of the arguments; None if any will do."""
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return set(parameters)
 
 
 def add_dino_d2_config(cfg: CfgNode) -> None:
@@ -75,10 +188,10 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     if OmegaConf.is_dict(node) and "_target_" in node:
         target = node["_target_"]
         target = locate(target) if isinstance(target, str) else target
-        parameters = inspect.signature(target).parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        parameters = _parameters(target)
+        if parameters is None:
             return
-        known |= set(parameters)
+        known |= parameters
     if last not in known:
         _raise_unknown(key, last, known)
 

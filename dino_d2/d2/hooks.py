@@ -2,15 +2,20 @@
 
 import itertools
 import logging
+import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
+from ..checkpoint.io import peek
 from ..diagnostics.instability import instability
+from .checkpoint import Checkpointer
 from .trainer import autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -67,3 +72,75 @@ class InstabilityHook(HookBase):
             matched = [of_image for batch in self.loader for of_image in self.model.match(batch)]
         self.model.train(training)
         return matched
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's; when training resumes, `max_to_keep` counts what the earlier run has left."""
+
+    def before_train(self) -> None:
+        """Look for the earlier run's."""
+        super().before_train()
+        if self.trainer.start_iter:
+            files = Path(self.checkpointer.save_dir).glob(f"{self.file_prefix}_[0-9]*.pth")
+            self.recent_checkpoints = sorted(map(str, files))
+
+
+class BestCheckpointer(HookBase):
+    """Keeps the weights of the best evaluation in model_best.pth; to run after the evaluation.
+
+    The file also says how good they are, so that a run that resumes does not keep worse ones.
+
+    Args:
+        checkpointer: of the model alone.
+        metric: larger is better, such as "bbox/AP".
+    """
+
+    NAME = "model_best"
+
+    def __init__(self, checkpointer: Checkpointer, metric: str):
+        self.checkpointer, self.metric, self.best = checkpointer, metric, -math.inf
+
+    def before_train(self) -> None:
+        """Go on from the value in the file, if training does."""
+        path = os.path.join(self.checkpointer.save_dir, f"{self.NAME}.pth")
+        if self.trainer.start_iter and os.path.isfile(path):
+            self.best = peek(path).get("metrics", {}).get(self.metric, -math.inf)
+
+    def after_step(self) -> None:
+        """Save if there was an evaluation in this step, and no better one before."""
+        now = self.trainer.storage.iter
+        value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, None))
+        if iteration == now and value > self.best:
+            self.best = value
+            self.checkpointer.save(self.NAME, iteration=now, metrics={self.metric: value})
+            logger.info("Best %s so far: %.4f", self.metric, value)
+
+    def after_train(self) -> None:
+        """As after a step: the last evaluation comes late."""
+        self.after_step()
+
+
+class NoObjectsHook(HookBase):
+    """Ends training that has never seen an object.
+
+    Args:
+        patience: iterations, from the first of this run, in which every loss of boxes is 0.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+
+    def __init__(self, patience: int = 200):
+        self.patience, self.waiting = patience, True
+
+    def after_step(self) -> None:
+        """Look at the losses, which are means over all processes."""
+        losses = self.trainer.storage.latest().items()
+        boxes = [value for name, (value, _) in losses if name.startswith("loss_bbox")]
+        self.waiting = self.waiting and bool(boxes) and not any(boxes)
+        if self.waiting and self.trainer.iter + 1 - self.trainer.start_iter >= self.patience:
+            raise RuntimeError(
+                f"in {self.patience} iterations, no object was matched: every loss of boxes was 0. "
+                "The training images have no annotations that can be used. Look at the data set "
+                "with `python -m dino_d2.tools.check_dataset`."
+            )

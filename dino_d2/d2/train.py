@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from detectron2.config import instantiate
@@ -17,7 +18,11 @@ from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names
-from .hooks import InstabilityHook
+from .evaluation import CheckedEvaluator, UntilStopped
+from .hooks import BestCheckpointer, InstabilityHook, NoObjectsHook, PeriodicCheckpointer
+from .loading import no_workers_left, watch_workers
+from .ranks import HangHook
+from .stopping import Stopped, StopSignals
 from .trainer import Trainer, autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -44,11 +49,17 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     """Train as the config says and return the results of the last evaluation, in process 0.
 
     The output directory then holds checkpoints, `metrics.json`, TensorBoard events, `log.txt` and
-    `curves.png`. With `resume`, training goes on from the last checkpoint there.
+    `curves.png`. With `resume`, training goes on from the newest valid checkpoint there, as if it
+    had never stopped. SIGTERM and SIGINT end it after the current step, with a checkpoint.
     """
+    with StopSignals() as signals, no_workers_left():
+        return _train(cfg, resume, signals)
+
+
+def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
-    loader = instantiate(cfg.dataloader.train)
+    loader = watch_workers(instantiate(cfg.dataloader.train), cfg.train.worker_timeout)
     check_num_classes(_dataset_names(cfg.dataloader.train), model.num_classes)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -57,35 +68,36 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
         model, device_ids=None if device.type == "cpu" else [device], **cfg.train.ddp
     )
     trainer = Trainer(
-        parallel, loader, optimizer, device.type, _precision(cfg), cfg.train.clip_grad.max_norm
+        parallel,
+        loader,
+        optimizer,
+        device.type,
+        _precision(cfg),
+        cfg.train.clip_grad.max_norm,
+        cfg.train.seed if cfg.train.seed is not None and cfg.train.seed >= 0 else None,
+        cfg.train.output_dir,
+        signals,
     )
     checkpointer = Checkpointer(
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
     )
     if cfg.train.init_classes:
         checkpointer.classes = class_names(cfg.train.init_classes, cfg.dataloader.train)
-    main = comm.is_main_process()
-    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main else []
     results = {}
 
     def run_evaluation() -> dict:
-        results.update(evaluate(cfg, parallel))
+        results.update(evaluate(cfg, parallel, signals))
         return results
 
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            _instability_hook(cfg, parallel),  # before the checkpoint that holds its state
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
-            hooks.EvalHook(cfg.train.eval_period, run_evaluation),
-            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
-        ]
-    )
+    trainer.register_hooks(_hooks(cfg, parallel, checkpointer, run_evaluation))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    resumed = resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
-    if main:
+    try:
+        trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
+    except Stopped:
+        checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        comm.synchronize()  # before a process ends, and its launcher all others
+        raise
+    if comm.is_main_process():
         plot_curves(
             os.path.join(cfg.train.output_dir, "metrics.json"),
             os.path.join(cfg.train.output_dir, "curves.png"),
@@ -93,22 +105,51 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     return results
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+def _hooks(
+    cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, run_evaluation: Callable
+) -> list[hooks.HookBase | None]:
+    """In the order in which they run; None where this process has no part."""
+    main, out = comm.is_main_process(), cfg.train.output_dir
+    writers = default_writers(out, cfg.train.max_iter) if main else []
+    best = Checkpointer(model, out, tag=False)
+    return [
+        hooks.IterationTimer(),
+        HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        NoObjectsHook(),
+        _instability_hook(cfg, model),  # before the checkpoint that holds its state
+        PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+        hooks.EvalHook(cfg.train.eval_period, run_evaluation),
+        BestCheckpointer(best, cfg.train.best_metric) if main and cfg.train.best_metric else None,
+        hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+    ]
+
+
+def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = None) -> dict:
     """Results of the config's evaluator on its test set; {} without one.
 
     Runs in the precision of training.
+
+    Args:
+        signals: end the evaluation when one comes.
+
+    Raises:
+        EvaluationError: see `CheckedEvaluator`.
+        Stopped: there was a signal, in any process.
     """
     if "evaluator" not in cfg.dataloader:
         return {}
-    loader = instantiate(cfg.dataloader.test)
+    signals = signals or StopSignals()
+    loader = watch_workers(instantiate(cfg.dataloader.test), cfg.train.worker_timeout)
     evaluator = instantiate(cfg.dataloader.evaluator)
+    evaluator = CheckedEvaluator(evaluator, len(loader.dataset), signals)
     bare = getattr(model, "module", model)
     check_num_classes(_dataset_names(cfg.dataloader.test), bare.num_classes)
     if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
     with autocast(bare.device.type, _precision(cfg)):
-        results = inference_on_dataset(model, loader, evaluator)
+        results = inference_on_dataset(model, UntilStopped(loader, signals), evaluator)
     print_csv_format(results)
     return results
 
@@ -123,7 +164,8 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
         raise ValueError("evaluation needs weights: set train.init_checkpoint")
     model = build_model(cfg)
     Checkpointer(model).load(cfg.train.init_checkpoint)
-    return evaluate(cfg, model)
+    with no_workers_left():
+        return evaluate(cfg, model)
 
 
 def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | None:

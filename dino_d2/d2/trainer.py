@@ -1,13 +1,21 @@
 """One training step: mixed precision on any device, gradient clipping, one transfer of metrics."""
 
 import math
+import os
+import signal
 import time
-from collections.abc import Mapping
 
 import torch
 from detectron2.engine import SimpleTrainer
-from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from detectron2.utils import comm
+from torch import Tensor, distributed, nn
+
+from ..checkpoint.io import replace_file
+from ..diagnostics.non_finite import record_non_finite
+from ..errors import NonFiniteError
+from ..transfer import to_device
+from .loading import seed_all, start_at
+from .stopping import Stopped, StopSignals
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -21,16 +29,23 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
 class Trainer(SimpleTrainer):
     """Detectron2's trainer with a step of its own.
 
+    Every step draws from generators seeded by its number, so that training that resumes is the
+    same as training that never stopped.
+
     Args:
         model, data_loader, optimizer: see `SimpleTrainer`.
         device_type: "cpu", "cuda", ...: where the model is.
         precision: "float32", or "float16" or "bfloat16" for automatic mixed precision. float16
             scales the loss to keep small gradients.
         max_norm: gradients of a larger L2 norm are scaled down to it; None leaves them.
+        seed: of all that is random; None draws one. A checkpoint keeps it.
+        save_dir: where a batch goes that makes a loss or the gradient not finite; "" nowhere.
+        signals: end training after the step in which one comes, in all processes.
 
     Raises:
-        FloatingPointError: a loss or the gradient is not finite. That step leaves the weights
-            untouched.
+        FloatingPointError: a loss or the gradient is not finite, in any process. The step leaves
+            the weights untouched in all of them.
+        Stopped: there was a signal.
     """
 
     def __init__(
@@ -41,49 +56,150 @@ class Trainer(SimpleTrainer):
         device_type: str,
         precision: str = "float32",
         max_norm: float | None = None,
+        seed: int | None = None,
+        save_dir: str = "",
+        signals: StopSignals | None = None,
     ):
         super().__init__(model, data_loader, optimizer)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.device_type, self.precision, self.max_norm = device_type, precision, max_norm
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "float16")
+        self.seed = comm.shared_random_seed() if seed is None else seed
+        self.save_dir, self.signals = save_dir, signals or StopSignals()
+        self.phase = ""  # of the step, for who watches it
+        self._stop, self._skipped = 0, 0
+
+    def before_train(self) -> None:
+        """Let the data go on with the step."""
+        start_at(self.data_loader, self.start_iter, self.seed)
+        super().before_train()
 
     def run_step(self) -> None:
         """Forward, backward, check, clip, step."""
         start = time.perf_counter()
+        self.phase = "loading data"
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with autocast(self.device_type, self.precision):
-            losses = self.model(batch)
-        self.optimizer.zero_grad()
-        self.scaler.scale(sum(losses.values())).backward()
-        self._write_metrics(_to_host(losses, self.iter), data_time)
+        try:
+            losses = self._backward(batch, self.model)
+        except NonFiniteError as error:  # the others end because this process does
+            raise FloatingPointError(
+                f"not finite in iteration {self.iter}: {error}\n{self._diagnose(batch)}"
+            ) from error
         self.scaler.unscale_(self.optimizer)
-        limit = torch.inf if self.max_norm is None else self.max_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler skips such steps
-            raise FloatingPointError(f"the gradient is not finite in iteration {self.iter}")
-        get_event_storage().put_scalar("grad_norm", norm)
+        norm = nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
+        self.phase = "sharing metrics"
+        metrics = self._to_host({**losses, "grad_norm": norm}, data_time)
+        self._refuse_non_finite(metrics, batch)
+        self.storage.put_scalars(**metrics)
+        if self.max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.phase = "after the step"
+
+    def after_step(self) -> None:
+        """Detectron2's hooks; then end if that was agreed."""
+        super().after_step()
+        if self._stop:
+            raise Stopped(self._stop)
+
+    def after_train(self) -> None:
+        """Detectron2's; and let the data loader's workers go."""
+        self._data_loader_iter_obj = None
+        super().after_train()
+
+    def _backward(self, batch: list[dict], model: nn.Module) -> dict[str, Tensor]:
+        """The gradient of a batch, and its losses."""
+        seed_all(self.seed, comm.get_rank(), self.iter, 0)  # 4 numbers: other keys than data have
+        self.phase = "forward pass"
+        with autocast(self.device_type, self.precision):
+            losses = model(batch)
+        self.optimizer.zero_grad()
+        self.phase = "backward pass"
+        self.scaler.scale(sum(losses.values())).backward()
+        return losses
+
+    def _to_host(self, values: dict[str, Tensor], data_time: float) -> dict[str, float]:
+        """Means over all processes, in one transfer. What is not finite in one, is not in the mean.
+
+        The signals to stop travel along.
+        """
+        own = torch.stack([value.detach().float() for value in values.values()])
+        more = to_device([data_time, self.signals.number], torch.float32, own.device)
+        shared = torch.cat([own, more]) / comm.get_world_size()
+        if comm.get_world_size() > 1:
+            distributed.all_reduce(shared)
+        *means, data_time, stop = shared.tolist()
+        self._stop = stop and (self.signals.number or signal.SIGTERM)
+        means = dict(zip(values, means, strict=True))
+        total = sum(mean for name, mean in means.items() if name != "grad_norm")
+        return {**means, "total_loss": total, "data_time": data_time}
+
+    def _refuse_non_finite(self, metrics: dict[str, float], batch: list[dict]) -> None:
+        """The same in all processes, for they see the same means."""
+        bad = [n for n, value in metrics.items() if not math.isfinite(value) and n != "total_loss"]
+        self._skipped = self._skipped + 1 if bad else 0
+        if not bad or (self.scaler.is_enabled() and bad == ["grad_norm"] and self._skipped <= 30):
+            return  # a scaler skips the step, and tries a smaller scale
+        what = f"not finite in iteration {self.iter}: {', '.join(bad)}"
+        if bad == ["grad_norm"]:
+            what = f"the gradient is not finite in iteration {self.iter}"
+        reports = comm.all_gather(self._diagnose(batch))
+        raise FloatingPointError("\n".join([what, *filter(None, reports)]))
+
+    def _diagnose(self, batch: list[dict]) -> str:
+        """Repeat the step in this process alone: where it goes wrong, and with which images."""
+        model = getattr(self.model, "module", self.model)
+        losses = {}
+        with record_non_finite(model) as found:
+            try:
+                losses = self._backward(batch, model)
+            except Exception as error:  # of the matcher, or out of memory
+                found.outputs.append(str(error))
+        names = [f"loss {name!r}" for name, loss in losses.items() if not loss.isfinite()]
+        names += [f"first the output of {name!r}" for name in found.outputs[:1]]
+        names += [f"first the gradient at the output of {name!r}" for name in found.gradients[:1]]
+        gradients = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        weights = [name for name, gradient in gradients if not gradient.isfinite().all()]
+        if weights and losses:
+            names.append(f"the gradients of {len(weights)} weights, such as {weights[-1]!r}")
+        return f"Process {comm.get_rank()}: {', '.join(names)}{self._keep(batch)}" if names else ""
+
+    def _keep(self, batch: list[dict]) -> str:
+        """Save a batch for inspection; for the end of a message."""
+        inputs = [source for source in batch if isinstance(source, dict)]
+        images = [f"{x.get('file_name', 'unknown')} (id {x.get('image_id')})" for x in inputs]
+        text = f"; images: {', '.join(images)}"
+        if not self.save_dir:
+            return text
+        name = f"non_finite_{self.iter:07d}_process{comm.get_rank()}.pt"
+        path = os.path.join(self.save_dir, name)
+        content = [plain(source) for source in inputs]
+        replace_file(path, lambda file: torch.save(content, file), checksum=False)
+        return f"{text}; saved in {path}"
 
     def state_dict(self) -> dict:
-        """Detectron2's, and the loss scale."""
-        return {**super().state_dict(), "grad_scaler": self.scaler.state_dict()}
+        """Detectron2's, the loss scale, and what all that is random depends on."""
+        state = {"grad_scaler": self.scaler.state_dict(), "seed": self.seed}
+        return {**super().state_dict(), **state}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)
         scale = state_dict.get("grad_scaler")  # empty from a run of another precision
         if scale and self.scaler.is_enabled():
             self.scaler.load_state_dict(scale)
 
 
-def _to_host(losses: Mapping[str, Tensor], iteration: int) -> dict[str, Tensor]:
-    """Copy all losses in one transfer and refuse to go on with one that is not finite."""
-    values = torch.stack([loss.detach().float() for loss in losses.values()]).cpu()
-    on_host = dict(zip(losses, values, strict=True))
-    bad = [name for name, value in on_host.items() if not value.isfinite()]
-    if bad:
-        raise FloatingPointError(f"not finite in iteration {iteration}: {', '.join(bad)}")
-    return on_host
+def plain(source: dict) -> dict:
+    """An input of the model as tensors and plain values, which load without any code."""
+    facts = {k: v for k, v in source.items() if isinstance(v, Tensor | str | int | float)}
+    if "instances" in source:
+        fields = source["instances"].get_fields()
+        facts |= {name: getattr(value, "tensor", value) for name, value in fields.items()}
+    return facts

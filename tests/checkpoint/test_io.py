@@ -1,9 +1,14 @@
 import argparse
+import contextlib
+import errno
+import hashlib
+import os
 import pickle
+import random
+import resource
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from dino_d2.checkpoint import CheckpointError, read_weights, write_weights
@@ -41,7 +46,7 @@ def test_round_trip(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     write_weights(WEIGHTS, path)
     assert_weights(read_weights(path))
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, f"{path.name}.sha256"]
 
 
 def test_write_creates_the_folder(tmp_path):
@@ -64,23 +69,103 @@ def test_write_refuses_other_suffixes(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("suffix", "module", "function"),
-    [(".pth", torch, "save"), (".safetensors", safetensors.torch, "save_file")],
-)
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, suffix, module, function):
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"weights{suffix}"
     write_weights(WEIGHTS, path)
+    before = files(tmp_path)
 
-    def fail_half_way(_weights, unfinished):
-        unfinished.write_bytes(b"half")
-        raise OSError("no space left")
+    def fail(_descriptor):
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(module, function, fail_half_way)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    wanted = rf"weights\{suffix}: .*\(no space left on device\); it needs \d+ bytes, \d+ bytes are"
+    with pytest.raises(CheckpointError, match=wanted):
         write_weights({"other": torch.ones(1)}, path)
-    assert_weights(read_weights(path))
-    assert list(tmp_path.iterdir()) == [path]
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "new.pth"])
+@pytest.mark.parametrize("room", [0, 1, 1000, 39_000, 40_500])
+def test_a_full_disk_leaves_what_was_there(tmp_path, name, room):
+    """Files of this process may grow to `room` bytes."""
+    write_weights(WEIGHTS, tmp_path / "weights.pth")
+    before = files(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(File too large"):
+            write_weights({"other": torch.ones(10_000)}, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    write_weights(WEIGHTS, path)
+    before = files(tmp_path)
+
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:  # permissions do not stop every user
+        patch.setattr(type(path), "open", refuse)
+        with pytest.raises(CheckpointError, match=r"weights\.pth: .*\(Permission denied\)"):
+            write_weights({"other": torch.ones(1)}, path)
+    assert files(tmp_path) == before
+
+
+def test_the_checksum_is_that_of_sha256sum(tmp_path):
+    write_weights(WEIGHTS, tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    assert (tmp_path / "weights.pth.sha256").read_text() == f"{digest}  weights.pth\n"
+
+
+def test_a_writer_clears_away_what_a_killed_one_left(tmp_path):
+    for name in ("model_7.pth.unfinished", "model_7.pth.sha256.unfinished", "model_3.pth.sha256"):
+        (tmp_path / name).write_bytes(b"rest")
+    (tmp_path / "mine.txt.sha256").write_bytes(b"not a checkpoint's")
+    write_weights(WEIGHTS, tmp_path / "model_9.pth")
+    assert set(files(tmp_path)) == {"model_9.pth", "model_9.pth.sha256", "mine.txt.sha256"}
+
+
+def damaged(data, generator, block):
+    """A copy with one bit turned over, or with a block of zeros."""
+    data = bytearray(data)
+    at = generator.randrange(len(data))
+    if block:
+        at = generator.randrange(len(data) - 512)
+        data[at : at + 512] = bytes(512)
+    else:
+        data[at] ^= 1 << generator.randrange(8)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize("block", [True, False])
+def test_no_damage_is_silent(tmp_path, block, checksum):
+    """Without a checksum beside it, what does not matter may change: bytes between the tensors."""
+    path, generator = tmp_path / "weights.pth", random.Random(0)
+    weights = {f"layer{i}": torch.randn(40, 40) for i in range(10)}
+    write_weights(weights, path)
+    whole = path.read_bytes()
+    if not checksum:
+        (tmp_path / "weights.pth.sha256").unlink()
+    for _ in range(40):
+        path.write_bytes(damaged(whole, generator, block))
+        if checksum and path.read_bytes() != whole:
+            with pytest.raises(
+                CheckpointError, match=r"damaged; it does not match weights\.pth\.sha"
+            ):
+                read_weights(path)
+            continue
+        with contextlib.suppress(CheckpointError):
+            assert_weights(read_weights(path), weights)
 
 
 @pytest.mark.parametrize("nest", [["model"], ["state_dict"], ["model_state"], ["model", "model"]])

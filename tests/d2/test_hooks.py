@@ -167,3 +167,85 @@ def test_matching_of_detectron2s_inputs():
     assert matched.shape == (2, 12)
     assert sorted(matched[0]) == [-1] * 10 + [0, 1]
     assert (matched[1] == -1).all()
+
+
+def run_hook(hook, steps, start_iter=0):
+    """Steps of (iteration, scalars); the hook's trainer is a name space."""
+    from detectron2.utils.events import EventStorage
+
+    storage = EventStorage()
+    hook.trainer = SimpleNamespace(iter=0, start_iter=start_iter, max_iter=10**6, storage=storage)
+    hook.before_train()
+    for iteration, scalars in steps:
+        hook.trainer.iter = storage.iter = iteration
+        storage.put_scalars(**scalars)
+        hook.after_step()
+
+
+def boxes(loss):
+    return {"loss_class": 0.1, "loss_bbox": loss, "loss_bbox_enc": loss}
+
+
+def test_training_that_never_sees_an_object_ends():
+    from dino_d2.d2.hooks import NoObjectsHook
+
+    seen = []
+    steps = ((seen.append(i) or i, boxes(0.0)) for i in range(5, 100))
+    with pytest.raises(
+        RuntimeError, match=r"in 7 iterations, no object was matched.*check_dataset"
+    ):
+        run_hook(NoObjectsHook(7), steps, start_iter=5)
+    assert seen == list(range(5, 12))
+
+
+def test_one_object_is_enough():
+    from dino_d2.d2.hooks import NoObjectsHook
+
+    run_hook(NoObjectsHook(7), [(i, boxes(float(i == 3))) for i in range(30)])
+    run_hook(NoObjectsHook(7), [(i, {"loss": 0.0}) for i in range(30)])  # has no such losses
+
+
+class Saved(dict):
+    """A checkpointer that keeps names and what was saved."""
+
+    save_dir = ""
+
+    def save(self, name, **more):
+        self[name] = more
+
+
+def evaluations(*values):
+    """An evaluation every third step."""
+    return [(i, {"bbox/AP": values[i // 3]} if i % 3 == 2 else {}) for i in range(3 * len(values))]
+
+
+def test_the_best_evaluation_is_kept():
+    from dino_d2.d2.hooks import BestCheckpointer
+
+    saved = Saved()
+    run_hook(BestCheckpointer(saved, "bbox/AP"), evaluations(20.0, 41.0, 31.0, float("nan")))
+    assert saved == {"model_best": {"iteration": 5, "metrics": {"bbox/AP": 41.0}}}
+
+
+@pytest.mark.parametrize(("start", "kept"), [(7, 41.0), (0, 31.0)])
+def test_a_run_that_resumes_knows_the_best(tmp_path, start, kept):
+    from dino_d2.checkpoint.io import peek
+    from dino_d2.d2 import Checkpointer
+    from dino_d2.d2.hooks import BestCheckpointer
+
+    checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path), tag=False)
+    run_hook(BestCheckpointer(checkpointer, "bbox/AP"), evaluations(20.0, 41.0))
+    run_hook(BestCheckpointer(checkpointer, "bbox/AP"), evaluations(31.0), start_iter=start)
+    assert peek(tmp_path / "model_best.pth")["metrics"] == {"bbox/AP": kept}
+
+
+def test_a_run_that_resumes_keeps_no_more_checkpoints(tmp_path):
+    from dino_d2.d2 import Checkpointer
+    from dino_d2.d2.hooks import PeriodicCheckpointer
+
+    for iterations in (range(3), range(3, 6)):
+        checkpointer = Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
+        hook = PeriodicCheckpointer(checkpointer, period=1, max_to_keep=2)
+        run_hook(hook, [(i, {}) for i in iterations], start_iter=iterations[0])
+    kept = {file.name for file in tmp_path.glob("model_*.pth")}
+    assert kept == {"model_0000004.pth", "model_0000005.pth"}

@@ -158,3 +158,53 @@ def test_a_run_resumes_in_another_precision(before, after):
     other = make_trainer(GRADIENT, precision=after)
     other.load_state_dict(state)
     assert other.iter == state["iteration"]
+
+
+class Layered(nn.Module):
+    """Two layers; the second's output is what its input says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.Identity())
+
+    def forward(self, batch):
+        value = self.second(self.first(torch.ones(1)) * batch[0]["scale"])
+        return {"loss_a": value.sum(), "loss_b": value.sum() * 0}
+
+
+def test_the_error_names_loss_layer_and_images_and_saves_the_batch(tmp_path):
+    good = [{"scale": 1.0, "file_name": "a.jpg", "image_id": 4}]
+    bad = [{"scale": torch.nan, "file_name": "b.jpg", "image_id": 7, "image": torch.ones(2)}]
+    trainer = make_trainer(good, bad, model=Layered(), save_dir=str(tmp_path))
+    with pytest.raises(FloatingPointError) as error:
+        train(trainer, 2)
+    path = tmp_path / "non_finite_0000001_process0.pt"
+    first, second = str(error.value).splitlines()
+    assert first == "not finite in iteration 1: loss_a, loss_b, grad_norm"
+    assert "loss 'loss_a', loss 'loss_b', first the output of 'second.0'" in second
+    assert second.endswith(f"; images: b.jpg (id 7); saved in {path}")
+    (source,) = torch.load(path, weights_only=True)
+    assert source["image_id"] == 7
+    assert torch.equal(source["image"], torch.ones(2))
+
+
+def test_half_precision_gives_up_when_no_scale_helps():
+    batches = [torch.full((3,), torch.inf)] * 40
+    trainer = make_trainer(*batches, model=RootOfWeights(), precision="float16")
+    with pytest.raises(FloatingPointError, match="gradient is not finite in iteration 30"):
+        train(trainer, 40)
+    assert trainer.model.weight.isfinite().all()
+
+
+def test_a_step_has_its_own_random_numbers_whatever_was_drawn_before():
+    class Noise(Linear):
+        def forward(self, batch):
+            seen.append(torch.rand(1).item())
+            return super().forward(batch)
+
+    seen = []
+    for _ in range(2):
+        train(make_trainer(GRADIENT, GRADIENT, model=Noise(), seed=3), 2)
+        torch.rand(5)
+    assert seen[:2] == seen[2:]
+    assert seen[0] != seen[1]

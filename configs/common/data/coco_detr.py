@@ -2,15 +2,16 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from omegaconf import OmegaConf
 
 from dino_d2.d2.data import coco_evaluator, load_datasets
+from dino_d2.d2.loading import build_train_loader
 from dino_d2.d2.mapper import CheckedMapper
 
 dataloader = OmegaConf.create()
 
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(build_train_loader)(
     dataset=L(load_datasets)(names="coco_2017_train"),
     mapper=L(CheckedMapper)(
         is_train=True,

@@ -1,0 +1,102 @@
+"""How processes find each other, and which of them the others wait for."""
+
+import subprocess
+import sys
+
+import pytest
+from jobs import command, environment
+from shapes_run import make_data
+
+pytestmark = pytest.mark.detectron2
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[007-008]",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
+
+
+def joined(environ):
+    from dino_d2.d2.ranks import joined_job
+
+    return joined_job(environ)
+
+
+def test_a_task_of_slurm_joins_its_step():
+    job = joined(SLURM)
+    assert job.pop("MASTER_PORT") == joined({**SLURM, "SLURM_PROCID": "0"})["MASTER_PORT"]
+    assert job == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu007",
+    }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a1", "a1"), ("a1,b2", "a1"), ("n[3,5-7],m1", "n3"), ("n[01-02]", "n01")]
+)
+def test_the_first_node_is_where_they_meet(nodes, first):
+    assert joined({**SLURM, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+def test_a_batch_script_of_slurm_is_no_task():
+    assert joined({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == {}
+
+
+def test_steps_of_a_job_do_not_share_a_port():
+    assert len({joined({**SLURM, "SLURM_STEP_ID": str(i)})["MASTER_PORT"] for i in range(4)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("reports", "guilty"),
+    [
+        ([(3, 2, 9, 1), (3, 2, 9, 0)], [1]),  # one works, the other waits for it
+        ([(3, 3, 9, 1), (3, 1, 9, 0)], [1]),  # one still loads data
+        ([(4, 1, 9, 0), (3, 5, 9, 1)], [1]),  # a step behind
+        ([(3, 2, 9, 0), (3, 2, 5, 1)], [1]),  # does not run at all
+        ([(3, 2, 9, 1), (3, 2, 9, 1)], []),
+        ([(3, 2, 9, 0), (3, 2, 9, 0)], []),
+        ([(3, 2, 9, 1), (-1, 0, 0, 0)], [1]),  # has never reported
+    ],
+)
+def test_who_the_others_wait_for(reports, guilty):
+    """Of (iteration, phase, beats, waits); one second before, those that run had 8 beats."""
+    from dino_d2.d2.ranks import Report, find_guilty
+
+    now = [Report(*report, "") for report in reports]
+    before = [r._replace(beat=8 if r.beat == 9 else r.beat) for r in now]
+    assert find_guilty(before, now) == guilty
+
+
+def test_machines_need_a_place_to_meet():
+    from argparse import Namespace
+
+    from dino_d2.d2.ranks import _meeting_point
+
+    two = {"num_machines": 2}
+    assert _meeting_point(Namespace(**two, dist_url="tcp://host:123")) == ("host", "123")
+    with pytest.raises(ValueError, match="tcp://host:port, not 'auto'"):
+        _meeting_point(Namespace(**two, dist_url="auto"))
+
+
+@pytest.mark.faults
+def test_torchrun(tmp_path):
+    """It starts the processes, and they are one job."""
+    data = make_data(tmp_path / "data", num_images=4)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(tmp_path / "out", data, 1)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "World size: 2" in done.stdout
+    assert (tmp_path / "out" / "model_final.pth").exists()
