@@ -12,6 +12,8 @@ lr_24ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[20, 24])
 lr_36ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[30, 36])
 lr_50ep = L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[40, 50])
 
+# Co-DINO's ViT on LVIS.
+lr_16ep_vit = L(MultiStepParamScheduler)(values=[1.0, 0.1, 0.01], milestones=[9, 15, 16])
 # Co-DINO's ViT: 500 iterations of batches of 16 images to warm up.
 lr_12ep_vit = L(WarmupParamScheduler)(
     scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[7, 12]),

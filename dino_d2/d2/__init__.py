@@ -1,6 +1,7 @@
 """The adapter to Detectron2. The only package here that imports it."""
 
 from .checkpoint import Checkpointer
+from .co_heads import DenseCoHead, ROICoHead
 from .config import add_dino_d2_config, apply_overrides, load_config
 from .datasets import register_datasets
 from .meta_arch import (
@@ -26,9 +27,11 @@ __all__ = [
     "CoDETR",
     "DABDeformableDETR",
     "DeformableDETR",
+    "DenseCoHead",
     "DetrMetaArch",
     "DetrTrainer",
     "Predictor",
+    "ROICoHead",
     "Trainer",
     "add_dino_d2_config",
     "apply_overrides",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..co_heads import CO_HEADS, CoHead, CoHeads, MemoryPyramid, PositiveQueries, adapted_strides
-from ..losses import Criterion, HungarianMatcher
+from ..losses import Criterion, FederatedClasses, HungarianMatcher
 from ..transformer import GivenPositions
 from .deformable_detr import EPS, build_deformable_detr
 from .detr import DETR
@@ -27,6 +27,7 @@ def build_co_detr(
     pad_with_negatives: bool = True,
     head_embed_per_channel: bool = False,
     one_pass: bool = False,
+    num_classes: int | None = None,
 ) -> DETR:
     """Put co-heads on a detector, in place, and return it.
 
@@ -42,10 +43,14 @@ def build_co_detr(
         fewest_queries, most_queries, pad_with_negatives: see `PositiveQueries`.
         head_embed_per_channel: see `PositiveQueries`.
         one_pass: see `CoHeads`.
+        num_classes: those of the base, so that configs name them where those of other detectors do.
 
     Raises:
+        ValueError: the base has another number of classes.
         ValueError: no co-head of such a name, or options it does not take.
     """
+    if num_classes not in (None, base.num_classes):
+        raise ValueError(f"num_classes is {num_classes}, but the base has {base.num_classes}")
     if not isinstance(co_heads, Mapping):
         co_heads = {name: {} for name in co_heads}
     if not co_heads:
@@ -94,10 +99,14 @@ def build_co_dino_base(
     denoising_queries: int = 200,
     box_noise: float = 1.0,
     project: bool = True,
+    federated: FederatedClasses | None = None,
 ) -> DETR:
     """DINO as Co-DETR trains it; for the arguments see `build_dino`.
 
     Every decoder layer has its own heads, and scores are to be the quality of the boxes.
+
+    Args:
+        federated: for LVIS, see `Criterion`.
     """
     return build_dino(
         backbone,
@@ -113,7 +122,7 @@ def build_co_dino_base(
         share_heads=False,
         neck_bias=False,
         matcher=HungarianMatcher(giou_eps=EPS),
-        criterion=Criterion(quality=True, giou_eps=EPS),
+        criterion=Criterion(quality=True, giou_eps=EPS, federated=federated),
     )
 
 

@@ -31,12 +31,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", help="to write; .pth or .safetensors")
     parser.add_argument("--config", help="check against this config: its name, or a file")
     parser.add_argument("--num-classes", type=int, help="91 keeps all; default: 80 of 91, else all")
+    parser.add_argument(
+        "--without-co-heads", action="store_true", help="leave out Co-DETR's auxiliary heads"
+    )
     args = parser.parse_args(argv)
+    co_heads = not args.without_co_heads
     try:
         weights = read_weights(args.input)
         num_classes = args.num_classes or wanted_classes(convert(weights, args.source))
-        wanted = state_of_config(args.config, num_classes) if args.config else None
-        converted = convert(weights, args.source, num_classes, wanted)
+        wanted = state_of_config(args.config, num_classes, co_heads) if args.config else None
+        converted = convert(weights, args.source, num_classes, wanted, co_heads)
         write_weights(converted, args.output)
     except (CheckpointError, ImportError, KeyError) as error:
         sys.exit(f"not converted: {error.args[0]}")
@@ -58,7 +62,7 @@ def wanted_classes(converted: Mapping[str, Tensor]) -> int:
     return 80 if given == 91 else given
 
 
-def state_of_config(config: str, num_classes: int) -> Mapping[str, Tensor]:
+def state_of_config(config: str, num_classes: int, co_heads: bool = True) -> Mapping[str, Tensor]:
     """State dict of the detector that a config describes, for its names and shapes.
 
     Raises:
@@ -69,6 +73,8 @@ def state_of_config(config: str, num_classes: int) -> Mapping[str, Tensor]:
     from detectron2.config import instantiate  # after get_config has said what is missing
 
     cfg.model.detector.num_classes = num_classes
+    if not co_heads and "co_heads" in cfg.model.detector:
+        cfg.model.detector.co_heads = {}
     return instantiate(cfg.model).detector.state_dict()
 
 

@@ -24,8 +24,9 @@ model = L(CoDETR)(
         base=L(build_co_deformable_base)(
             backbone=r50,
             in_features=["res3", "res4", "res5"],
-            num_classes=80,
+            num_classes="${..num_classes}",
         ),
+        num_classes=80,
         co_heads={"faster_rcnn": {}, "atss": {}},
     ),
     num_detections=100,

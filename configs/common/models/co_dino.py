@@ -17,9 +17,10 @@ model = L(CoDETR)(
         base=L(build_co_dino_base)(
             backbone=r50,
             in_features=["res2", "res3", "res4", "res5"],
-            num_classes=80,
+            num_classes="${..num_classes}",
             encoder_layers=6,
         ),
+        num_classes=80,
         co_heads={"faster_rcnn": {}, "atss": {}},
     ),
     num_detections=300,

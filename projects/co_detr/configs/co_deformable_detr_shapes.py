@@ -13,7 +13,7 @@ model = L(CoDETR)(
     detector=L(build_co_detr)(
         base=L(build_deformable_detr)(
             backbone=L(TimmBackbone)(**small.SMALL_BACKBONE),
-            num_classes=3,
+            num_classes="${..num_classes}",
             box_refinement=True,
             two_stage=True,
             mixed_selection=True,
@@ -21,6 +21,7 @@ model = L(CoDETR)(
             criterion=L(Criterion)(**small.SMALL_CRITERION),
             **small.SMALL_DEFORMABLE,
         ),
+        num_classes=3,
         co_heads={"faster_rcnn": {"fc_dim": 128}, "atss": {}},
         co_head_weight=0.5,
     )

@@ -13,10 +13,11 @@ model = L(CoDETR)(
     detector=L(build_co_detr)(
         base=L(build_dino)(
             backbone=L(TimmBackbone)(**small.SMALL_BACKBONE),
-            num_classes=3,
+            num_classes="${..num_classes}",
             criterion=L(Criterion)(**small.SMALL_CRITERION),
             **small.SMALL_DINO,
         ),
+        num_classes=3,
         co_heads={"faster_rcnn": {"fc_dim": 128}, "atss": {}},
         co_head_weight=0.5,
     )

@@ -1,0 +1,18 @@
+"""Co-DINO, Swin-L (384), 5 scales, LVIS v1, 36 epochs, large-scale jitter."""
+
+from ....configs.common.data.lsj import with_jitter
+from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader, federated
+from ....configs.common.models.co_dino import LARGE_384
+from ....configs.common.models.co_dino import swin_large as model
+from ....configs.common.optim import optimizer
+from ....configs.common.schedule import lr_36ep as lr_multiplier
+from ....configs.common.train import train
+
+with_jitter(dataloader, 1280)
+model.detector.num_classes = LVIS_CLASSES
+model.detector.base.federated = federated
+train.init_backbone = LARGE_384
+optimizer.lr = 2e-4
+train.max_iter = 36 * LVIS_EPOCH
+train.eval_period = train.checkpointer.period = LVIS_EPOCH
+train.output_dir = "./output/co_dino_swin_large_384_5scale_lsj_lvis_36ep"
