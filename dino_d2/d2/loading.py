@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import random
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,8 +154,14 @@ def no_workers_left() -> Iterator[None]:
     finally:
         left = set(multiprocessing.active_children()) - before
         if left:
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain
-            for process in left:
-                process.kill()
-                process.join()
-            signal.signal(signal.SIGCHLD, handler)
+            _kill(left)
+
+
+def _kill(processes: Iterable[multiprocessing.Process]) -> None:
+    main = threading.current_thread() is threading.main_thread()
+    handler = main and signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would complain
+    for process in processes:
+        process.kill()
+        process.join()
+    if main:
+        signal.signal(signal.SIGCHLD, handler)

@@ -1,6 +1,7 @@
 """The processes of a job: how they start, and what happens when one of them dies or hangs."""
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import logging
@@ -173,7 +174,8 @@ class HangHook(HookBase):
             now, beat = (self.trainer.iter, PHASES.index(self.trainer.phase)), beat + 1
             if now != seen:
                 seen, since = now, time.monotonic()
-            self._store.set(str(comm.get_rank()), json.dumps([*now, beat, *_place()]))
+            with contextlib.suppress(distributed.DistError):  # process 0 is gone
+                self._store.set(str(comm.get_rank()), json.dumps([*now, beat, *_place()]))
             if time.monotonic() - since > self.timeout:
                 threading.Thread(target=self._judge, daemon=True).start()
                 since = time.monotonic()
@@ -185,6 +187,8 @@ class HangHook(HookBase):
             time.sleep(min(3, self.timeout / 3))
             reports = self._reports()
         except distributed.DistError as error:
+            if self._ended.is_set():
+                return
             _end(f"process 0 does not answer ({error})")
         moved = [new[:2] != old[:2] for old, new in zip(before, reports, strict=True)]
         if any(moved) or self._ended.is_set():

@@ -1,5 +1,6 @@
 """How processes find each other, and which of them the others wait for."""
 
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,7 @@ def test_machines_need_a_place_to_meet():
 
 
 @pytest.mark.faults
+@pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="one of `make test-faults`")
 def test_torchrun(tmp_path):
     """It starts the processes, and they are one job."""
     data = make_data(tmp_path / "data", num_images=4)
