@@ -259,6 +259,12 @@ int64_t threads_per_task(int64_t tasks) {
   return tasks < threads && tasks > 0 ? (threads + tasks - 1) / tasks : 1;
 }
 
+// How many tasks of a head one thread should take at least: waking another costs microseconds.
+int64_t grain(const Problem& problem) {
+  constexpr int64_t kWorthWaking = int64_t(1) << 17;  // multiplications
+  return 1 + kWorthWaking / (1 + problem.queries * problem.samples() * problem.channels);
+}
+
 template <typename T>
 void run_forward(const Call& call, Tensor& output, const KernelsOf<T>& kernels) {
   const Problem& problem = call.problem;
@@ -268,7 +274,7 @@ void run_forward(const Call& call, Tensor& output, const KernelsOf<T>& kernels) 
   const int64_t rows = copies(problem) ? padded_rows(problem.levels) : 1;
   // One task has a head of an image, or some queries of it where there are more threads than heads.
   const int64_t owners = problem.batch * problem.heads, parts = threads_per_task(owners);
-  torch::stable::parallel_for(0, owners * parts, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, owners * parts, grain(problem), [&](int64_t begin, int64_t end) {
     const Memory<T> memory(problem, rows);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t owner = task / parts, part = task % parts;
@@ -298,7 +304,7 @@ void run_backward(const Call& call, const Tensor& grad_output, CallGradients& re
   const int64_t owners = problem.batch * problem.heads;
   const bool split = threads_per_task(owners) > 1;
   const int64_t parts = split ? problem.levels.count : 1;
-  torch::stable::parallel_for(0, owners * parts, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, owners * parts, grain(problem), [&](int64_t begin, int64_t end) {
     const Memory<T> memory(problem, 2 * padded_rows(problem.levels));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t owner = task / parts;
