@@ -52,6 +52,44 @@ def ms_deform_attn_loop(value, shapes, locations, weights, grad_output=None):
     return output if grad_output is None else (output, grad_value, grad_locations, grad_weights)
 
 
+def ms_deform_attn_fused_loop(value, shapes, reference, offsets, logits, grad_output):
+    """The fused operator: arithmetic one scalar at a time around `ms_deform_attn_loop`.
+
+    Returns (output, grad_value, grad_reference, grad_offsets, grad_logits).
+    """
+    reference, offsets, logits = (np.asarray(a, np.float64) for a in (reference, offsets, logits))
+    part = 0.5 / max(offsets.shape[4], 1)
+    boxes = reference.shape[-1] == 4
+    locations, weights = np.zeros(offsets.shape), np.zeros(logits.shape)
+    units = np.zeros(offsets.shape)  # pixels or parts of the box, relative to the map
+    with np.errstate(invalid="ignore", over="ignore"):
+        for b, q, h, level, p, axis in np.ndindex(*offsets.shape):
+            size = shapes[level][1 - axis]
+            unit = reference[b, q, level, 2 + axis] * part if boxes else 1 / size
+            units[b, q, h, level, p, axis] = unit
+            offset = offsets[b, q, h, level, p, axis]
+            locations[b, q, h, level, p, axis] = reference[b, q, level, axis] + offset * unit
+        for b, q, h in np.ndindex(*logits.shape[:3]):
+            if logits[b, q, h].size:
+                powers = np.exp(logits[b, q, h] - logits[b, q, h].max())
+                weights[b, q, h] = powers / powers.sum()
+        results = ms_deform_attn_loop(value, shapes, locations, weights, grad_output)
+        output, grad_value, grad_locations, grad_weights = results
+        grad_reference, grad_offsets = np.zeros(reference.shape), np.zeros(offsets.shape)
+        for b, q, h, level, p, axis in np.ndindex(*offsets.shape):
+            gradient = grad_locations[b, q, h, level, p, axis]
+            if gradient == 0:
+                continue  # perhaps outside, where offset or box may be infinite
+            grad_offsets[b, q, h, level, p, axis] = gradient * units[b, q, h, level, p, axis]
+            grad_reference[b, q, level, axis] += gradient
+            if boxes:
+                along = gradient * offsets[b, q, h, level, p, axis] * part
+                grad_reference[b, q, level, 2 + axis] += along
+        mean = (weights * grad_weights).sum((3, 4), keepdims=True)
+        grad_logits = weights * (grad_weights - mean)
+    return output, grad_value, grad_reference, grad_offsets, grad_logits
+
+
 def attention_loop(query, key, value, num_heads, blocked):
     """softmax(q k / sqrt(d)) v for (Q, D'), (S, D'), (S, D) and (Q, S); heads lie side by side."""
     query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))

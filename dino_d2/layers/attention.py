@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..ops import ms_deform_attn
+from ..ops import ms_deform_attn_fused
 from ..types import Memory
 
 
@@ -86,12 +86,6 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory.tokens).masked_fill(memory.padding_mask.unsqueeze(-1), 0)
         value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, H, D/H)
         offsets = self.sampling_offsets(query).view(*samples, 2)
-        weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
-        reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
-        if reference.shape[-1] == 2:
-            locations = reference + offsets / memory.level_sizes[:, None]
-        else:
-            scale = reference[..., 2:] * (0.5 / self.num_points)
-            locations = reference[..., :2] + offsets * scale
-        output = ms_deform_attn(value, memory.spatial_shapes, locations, weights)
+        logits = self.attention_weights(query).view(samples)
+        output = ms_deform_attn_fused(value, memory.spatial_shapes, reference, offsets, logits)
         return self.output_proj(output)

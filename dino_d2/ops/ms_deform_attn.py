@@ -1,6 +1,9 @@
-"""Multi-scale deformable attention (Deformable DETR, sec. 4.1, eq. 3) as a PyTorch operator.
+"""Multi-scale deformable attention (Deformable DETR, sec. 4.1, eq. 3) as PyTorch operators.
 
-For every query and head it sums bilinear samples of `value`, weighted by `attention_weights`.
+For every query and head it sums bilinear samples of `value`, weighted by attention weights. There
+are two entries: `ms_deform_attn` takes the samples' locations and weights, as published;
+`ms_deform_attn_fused` takes references, offsets and logits, and does the arithmetic in between
+inside the kernel. They agree to rounding.
 
 **Where a sample lies.** Location (x, y) in [0, 1] of a level is pixel `(x * width - 0.5,
 y * height - 0.5)` of its map, padding included (`align_corners=False`).
@@ -10,13 +13,16 @@ corners off the map count as zero and are not read.
 
 **Non-finite input.** A sample that takes no part contributes exactly 0 to the output and to every
 gradient, whatever its attention weight; a NaN or infinite location takes no part. NaN and
-infinities in `value` and `attention_weights` propagate by IEEE arithmetic through every corner that
-is on the map, corners of bilinear weight 0 included.
+infinities in `value` and attention weights propagate by IEEE arithmetic through every corner that
+is on the map, corners of bilinear weight 0 included. A NaN or +inf among the logits of a query and
+head makes all its weights NaN, as in any softmax.
 
 Coordinates and sums are float32, or float64 where `value` is float64, for every stored dtype.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +31,6 @@ from .native import load_native, warn_if_slow
 
 MAX_LEVELS = 16
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_OP = "dino_d2::ms_deform_attn"
-_BACKWARD_OP = "dino_d2::ms_deform_attn_backward"
 
 SpatialShapes = Sequence[tuple[int, int]]
 
@@ -58,15 +62,61 @@ def ms_deform_attn(
     Differentiable once with respect to the three tensors. The gradient of `value` is accumulated
     in a fixed order on the CPU, and with atomics on CUDA.
     """
-    shapes = _host_integers(spatial_shapes)
     _expect(isinstance(value, Tensor), "value", "be a tensor", type(value).__name__)
-    if sampling_locations.dtype in (torch.float16, torch.bfloat16):
-        sampling_locations = sampling_locations.to(_accumulation_dtype(value))
-    if not torch.compiler.is_compiling():  # there, the operator's fake kernel checks
-        if not torch.is_autocast_enabled(value.device.type):  # there, after the casts
-            _check(value, shapes, sampling_locations, attention_weights)
-        warn_if_slow(value.device.type)
-    return torch.ops.dino_d2.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+    shapes, locations = _host_integers(spatial_shapes), _widen(sampling_locations, value)
+    _before_call(_check, value, shapes, locations, attention_weights)
+    return torch.ops.dino_d2.ms_deform_attn(value, shapes, locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: SpatialShapes | Tensor,
+    reference: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """`ms_deform_attn` with the softmax and the arithmetic of the locations inside.
+
+    B images, S tokens over all levels, H heads of C channels, Q queries, L levels, P points.
+
+    Args:
+        value, spatial_shapes: as in `ms_deform_attn`.
+        reference: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (cx, cy, w, h), relative to the
+            level's map; float32, or float64 with a float64 value. Lower precisions are widened.
+        sampling_offsets: (B, Q, H, L, P, 2) as (x, y), dtype of `value`. A sample lies at
+            `point + offset / (width, height)` of its level, or at
+            `(cx, cy) + offset * (w, h) * 0.5 / P`.
+        attention_logits: (B, Q, H, L, P), dtype of `value`. The attention weights are their softmax
+            over the samples of all levels.
+
+    Returns:
+        (B, Q, H * C) in the dtype of `value`. Zero images, queries, levels or points are allowed.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype or device; the message names it.
+
+    Differentiable once with respect to the four tensors, as accurately as `ms_deform_attn`.
+    """
+    _expect(isinstance(value, Tensor), "value", "be a tensor", type(value).__name__)
+    shapes, reference = _host_integers(spatial_shapes), _widen(reference, value)
+    _before_call(_check_fused, value, shapes, reference, sampling_offsets, attention_logits)
+    return torch.ops.dino_d2.ms_deform_attn_fused(
+        value, shapes, reference, sampling_offsets, attention_logits
+    )
+
+
+def _widen(places: Tensor, value: Tensor) -> Tensor:
+    """Locations or references are never of low precision: a map's width needs more bits."""
+    low = places.dtype in (torch.float16, torch.bfloat16)
+    return places.to(_accumulation_dtype(value)) if low else places
+
+
+def _before_call(check, value: Tensor, *arguments) -> None:
+    if torch.compiler.is_compiling():  # there, the operator's fake kernel checks
+        return
+    if not torch.is_autocast_enabled(value.device.type):  # there, after the casts
+        check(value, *arguments)
+    warn_if_slow(value.device.type)
 
 
 def _host_integers(spatial_shapes: SpatialShapes | Tensor) -> list[int]:
@@ -106,34 +156,54 @@ def _expect(condition: bool, argument: str, expected: str, actual: object) -> No
 
 def _check(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> None:
     """Every relation between the arguments, from sizes on the host alone."""
-    for name, tensor in (("sampling_locations", locations), ("attention_weights", weights)):
+    _check_value(value, sampling_locations=locations, attention_weights=weights)
+    wide = _accumulation_dtype(value)
+    _expect(locations.dtype == wide, "sampling_locations", f"be {wide}", locations.dtype)
+    _check_samples(value, shapes, sampling_locations=locations, attention_weights=weights)
+
+
+def _check_fused(
+    value: Tensor, shapes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> None:
+    _check_value(value, reference=reference, sampling_offsets=offsets, attention_logits=logits)
+    wide = _accumulation_dtype(value)
+    _expect(reference.dtype == wide, "reference", f"be {wide}", reference.dtype)
+    _expect(offsets.dtype == value.dtype, "sampling_offsets", f"be {value.dtype}", offsets.dtype)
+    _check_samples(value, shapes, sampling_offsets=offsets, attention_logits=logits)
+    expected = (value.shape[0], offsets.shape[1], len(shapes) // 2)
+    _expect(
+        tuple(reference.shape) in ((*expected, 2), (*expected, 4)),
+        "reference",
+        f"have shape {(*expected, 2)} or {(*expected, 4)} to fit sampling_offsets",
+        tuple(reference.shape),
+    )
+
+
+def _check_value(value: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
         device = f"be on the device of value, {value.device}"
         _expect(tensor.device == value.device, name, device, f"on {tensor.device}")
     _expect(value.dim() == 4, "value", "have shape (B, S, H, C)", tuple(value.shape))
     _expect(value.dtype in _FLOATS, "value", f"be one of {_FLOATS}", value.dtype)
-    wide = _accumulation_dtype(value)
-    _expect(locations.dtype == wide, "sampling_locations", f"be {wide}", locations.dtype)
-    _expect(weights.dtype == value.dtype, "attention_weights", f"be {value.dtype}", weights.dtype)
-    _expect(
-        locations.dim() == 6,
-        "sampling_locations",
-        "have shape (B, Q, H, L, P, 2)",
-        tuple(locations.shape),
-    )
+
+
+def _check_samples(value: Tensor, shapes: list[int], **samples: Tensor) -> None:
+    """Of what there is per sample: (x, y), then a weight; by the names of the arguments."""
+    (places, xy), (weighing, weights) = samples.items()
+    _expect(weights.dtype == value.dtype, weighing, f"be {value.dtype}", weights.dtype)
+    _expect(xy.dim() == 6, places, "have shape (B, Q, H, L, P, 2)", tuple(xy.shape))
     _check_levels(value, shapes)
-    batch, _, heads, _ = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    expected = (batch, queries, heads, len(shapes) // 2, points)
+    expected = (value.shape[0], xy.shape[1], value.shape[2], len(shapes) // 2, xy.shape[4])
     _expect(
-        tuple(locations.shape) == (*expected, 2),
-        "sampling_locations",
+        tuple(xy.shape) == (*expected, 2),
+        places,
         f"have shape {(*expected, 2)} to fit value and spatial_shapes",
-        tuple(locations.shape),
+        tuple(xy.shape),
     )
     _expect(
         tuple(weights.shape) == expected,
-        "attention_weights",
-        f"have shape {expected} to fit sampling_locations",
+        weighing,
+        f"have shape {expected} to fit {places}",
         tuple(weights.shape),
     )
 
@@ -267,33 +337,120 @@ def ms_deform_attn_backward_pytorch(
     )
 
 
+class _Fusion:
+    """What the fused operator does before the samples are taken, and its derivative.
+
+    weights (B, Q, H, L, P) are the softmax of the logits; locations (B, Q, H, L, P, 2) lie `unit`
+    times the offsets from the reference.
+    """
+
+    def __init__(
+        self, shapes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor
+    ) -> None:
+        self.reference = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+        self.offsets = offsets.to(reference.dtype)
+        self.weights = logits.to(reference.dtype).flatten(3).softmax(-1).view(logits.shape)
+        self.part = 0.5 / max(offsets.shape[4], 1)
+        if reference.shape[-1] == 2:
+            heights_widths = reference.new_tensor(shapes).view(-1, 2)
+            self.unit = 1 / heights_widths.flip(-1)[:, None]
+        else:
+            self.unit = self.reference[..., 2:] * self.part
+        self.locations = self.reference[..., :2] + self.offsets * self.unit
+
+    def backward(self, grad_locations: Tensor, grad_weights: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of reference, offsets and logits; a sample outside contributes exactly 0."""
+        moves = grad_locations != 0
+        grad_offsets = (grad_locations * self.unit).where(moves, 0)
+        grad_reference = grad_locations.sum((2, 4))
+        if self.reference.shape[-1] == 4:
+            along = (grad_locations * self.offsets).where(moves, 0)
+            grad_reference = torch.cat([grad_reference, along.sum((2, 4)) * self.part], -1)
+        mean = (self.weights * grad_weights).sum((3, 4), keepdim=True)
+        return grad_reference, grad_offsets, self.weights * (grad_weights - mean)
+
+
+def ms_deform_attn_fused_pytorch(
+    value: Tensor, shapes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """The fused operator in plain PyTorch, for every device."""
+    fusion = _Fusion(shapes, reference, offsets, logits)
+    return ms_deform_attn_pytorch(value, shapes, fusion.locations, fusion.weights)
+
+
+def ms_deform_attn_fused_backward_pytorch(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    with_reference: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, reference (0 unless `with_reference`), offsets and logits."""
+    fusion = _Fusion(shapes, reference, offsets, logits)
+    grad_value, grad_locations, grad_weights = ms_deform_attn_backward_pytorch(
+        grad_output, value, shapes, fusion.locations, fusion.weights
+    )
+    grad_reference, grad_offsets, grad_logits = fusion.backward(grad_locations, grad_weights)
+    if not with_reference:
+        grad_reference = torch.zeros_like(grad_reference)
+    return grad_value, grad_reference, grad_offsets.to(offsets.dtype), grad_logits.to(logits.dtype)
+
+
 def _fake_forward(value, shapes, locations, weights):
     _check(value, shapes, locations, weights)
+    return _new_output(value, weights)
+
+
+def _fake_fused_forward(value, shapes, reference, offsets, logits):
+    _check_fused(value, shapes, reference, offsets, logits)
+    return _new_output(value, logits)
+
+
+def _new_output(value: Tensor, weights: Tensor) -> Tensor:
     return value.new_empty(*weights.shape[:2], value.shape[2] * value.shape[3])
 
 
+def _new_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
 def _fake_backward(grad_output, value, shapes, locations, weights):
-    return torch.empty_like(value), torch.empty_like(locations), torch.empty_like(weights)
+    return _new_gradients(value, locations, weights)
+
+
+def _fake_fused_backward(grad_output, value, shapes, reference, offsets, logits, with_reference):
+    return _new_gradients(value, reference, offsets, logits)
 
 
 def _setup_context(ctx, inputs, output):
-    value, ctx.shapes, locations, weights = inputs
-    ctx.save_for_backward(value, locations, weights)
+    value, ctx.shapes, *others = inputs
+    ctx.save_for_backward(value, *others)
 
 
 def _backward(ctx, grad_output):
-    value, locations, weights = ctx.saved_tensors
-    if value.is_cuda and torch.are_deterministic_algorithms_enabled():
-        _alert_not_deterministic()
-    grad_value, grad_locations, grad_weights = torch.ops.dino_d2.ms_deform_attn_backward(
-        grad_output, value, ctx.shapes, locations, weights
+    _refuse_if_not_deterministic(grad_output)
+    value, *others = ctx.saved_tensors
+    grad_value, *gradients = torch.ops.dino_d2.ms_deform_attn_backward(
+        grad_output, value, ctx.shapes, *others
     )
-    return grad_value, None, grad_locations, grad_weights
+    return grad_value, None, *gradients
 
 
-def _alert_not_deterministic() -> None:
-    import warnings
+def _fused_backward(ctx, grad_output):
+    _refuse_if_not_deterministic(grad_output)
+    value, *others = ctx.saved_tensors
+    grad_value, *gradients = torch.ops.dino_d2.ms_deform_attn_fused_backward(
+        grad_output, value, ctx.shapes, *others, ctx.needs_input_grad[2]
+    )
+    return grad_value, None, *gradients
 
+
+def _refuse_if_not_deterministic(grad_output: Tensor) -> None:
+    """On CUDA, value gradients are added with atomics."""
+    if not (grad_output.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return
     message = "the CUDA backward of ms_deform_attn adds with atomics and is not deterministic"
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)
@@ -304,41 +461,78 @@ def _no_second_derivative(ctx, *gradients):
     raise RuntimeError("ms_deform_attn cannot be differentiated twice")
 
 
-def _autocast(device_type: str):
-    """Under autocast, value and weights take its dtype; locations stay float32."""
+def _autocast(device_type: str, name: str, check):
+    """Under autocast all tensors take its dtype but the third, the places: it stays float32."""
 
-    def call(value, shapes, locations, weights):
+    def call(value, shapes, places, *weighing):
         dtype = torch.get_autocast_dtype(device_type)
         if value.dtype != torch.float64:
-            value, weights, locations = value.to(dtype), weights.to(dtype), locations.float()
-        _check(value, shapes, locations, weights)
+            value, places = value.to(dtype), places.float()
+            weighing = [tensor.to(dtype) for tensor in weighing]
+        check(value, shapes, places, *weighing)
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.dino_d2.ms_deform_attn(value, shapes, locations, weights)
+            return getattr(torch.ops.dino_d2, name)(value, shapes, places, *weighing)
 
     return call
 
 
-def _register() -> None:
-    load_native()  # registers the CPU and CUDA kernels; all other devices take the twin
-    arguments = "Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
-    arguments += "Tensor attention_weights"
+class _Entry(NamedTuple):
+    """All that one operator and its backward need."""
+
+    name: str
+    tensors: str  # arguments behind value and spatial_shapes
+    option: str  # last argument of the backward
+    gradients: int
+    check: Callable
+    twins: tuple[Callable, Callable]
+    fakes: tuple[Callable, Callable]
+    backward: Callable
+
+
+_ENTRIES = (
+    _Entry(
+        "ms_deform_attn",
+        "Tensor sampling_locations, Tensor attention_weights",
+        "",
+        3,
+        _check,
+        (ms_deform_attn_pytorch, ms_deform_attn_backward_pytorch),
+        (_fake_forward, _fake_backward),
+        _backward,
+    ),
+    _Entry(
+        "ms_deform_attn_fused",
+        "Tensor reference, Tensor sampling_offsets, Tensor attention_logits",
+        ", bool with_reference",
+        4,
+        _check_fused,
+        (ms_deform_attn_fused_pytorch, ms_deform_attn_fused_backward_pytorch),
+        (_fake_fused_forward, _fake_fused_backward),
+        _fused_backward,
+    ),
+)
+
+
+def _register(entry: _Entry) -> None:
+    forward, backward = f"dino_d2::{entry.name}", f"dino_d2::{entry.name}_backward"
+    arguments = f"Tensor value, SymInt[] spatial_shapes, {entry.tensors}"
+    results = ", ".join(["Tensor"] * entry.gradients)
     tags = (torch.Tag.pt2_compliant_tag,)
-    torch.library.define(_OP, f"({arguments}) -> Tensor", tags=tags)
+    torch.library.define(forward, f"({arguments}) -> Tensor", tags=tags)
     torch.library.define(
-        _BACKWARD_OP,
-        f"(Tensor grad_output, {arguments}) -> (Tensor, Tensor, Tensor)",
-        tags=tags,
+        backward, f"(Tensor grad_output, {arguments}{entry.option}) -> ({results})", tags=tags
     )
-    torch.library.impl(_OP, "CompositeExplicitAutograd", ms_deform_attn_pytorch)
-    torch.library.impl(_BACKWARD_OP, "CompositeExplicitAutograd", ms_deform_attn_backward_pytorch)
-    torch.library.register_fake(_OP, _fake_forward)
-    torch.library.register_fake(_BACKWARD_OP, _fake_backward)
-    torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+    for op, twin, fake in zip((forward, backward), entry.twins, entry.fakes, strict=True):
+        torch.library.impl(op, "CompositeExplicitAutograd", twin)
+        torch.library.register_fake(op, fake)
+    torch.library.register_autograd(forward, entry.backward, setup_context=_setup_context)
     torch.library.register_autograd(
-        _BACKWARD_OP, _no_second_derivative, setup_context=lambda ctx, inputs, output: None
+        backward, _no_second_derivative, setup_context=lambda ctx, inputs, output: None
     )
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        torch.library.impl(_OP, key, _autocast(device_type))
+        torch.library.impl(forward, key, _autocast(device_type, entry.name, entry.check))
 
 
-_register()
+load_native()  # registers the CPU and CUDA kernels; all other devices take the twins
+for _entry in _ENTRIES:
+    _register(_entry)

@@ -5,16 +5,18 @@ disturbs all of them alike.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops import load_native, ms_deform_attn
+from ..ops import load_native, ms_deform_attn, ms_deform_attn_fused
 
 BATCH, HEADS, CHANNELS, POINTS = 1, 8, 32, 4
 STRIDES = (8, 16, 32, 64)
@@ -58,23 +60,55 @@ def attend_by_grid_sample(
     return output.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
 
 
-def make_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple:
-    """Arguments of the operator; samples lie a few pixels around their query, as when trained."""
+class Inputs(NamedTuple):
+    """Arguments of the fused operator."""
+
+    value: Tensor  # (B, S, H, C)
+    shapes: list[tuple[int, int]]
+    reference: Tensor  # (B, Q, L, 2) for the encoder, (B, Q, L, 4) for the decoder
+    offsets: Tensor  # (B, Q, H, L, P, 2)
+    logits: Tensor  # (B, Q, H, L, P)
+
+    def to(self, device: str, dtype: torch.dtype) -> "Inputs":
+        """References stay in float32 at least."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        value, offsets, logits = (
+            tensor.to(device, dtype) for tensor in (self.value, self.offsets, self.logits)
+        )
+        return Inputs(value, self.shapes, self.reference.to(device, wide), offsets, logits)
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Samples lie around their query as when trained: along a direction per head, then spread."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(-(-case.height // s), -(-case.width // s)) for s in STRIDES]
-    tokens = sum(height * width for height, width in shapes)
     if case.queries is None:
-        centres = torch.cat([_centres(*shape) for shape in shapes])
+        reference = torch.cat([_centres(*shape) for shape in shapes])
     else:
-        centres = torch.rand(case.queries, 2, generator=generator)
-    samples = (BATCH, len(centres), HEADS, len(shapes), POINTS)
-    offsets = 2 * torch.randn(*samples, 2, generator=generator)
-    sizes = torch.tensor([(width, height) for height, width in shapes])
-    locations = centres[:, None, None, None] + offsets / sizes[:, None]
-    weights = torch.rand(samples, generator=generator).flatten(3).softmax(-1).view(samples)
+        reference = torch.rand(case.queries, 4, generator=generator)
+        reference[:, 2:] = 0.02 + 0.3 * reference[:, 2:]
+    reference = reference[None, :, None].expand(BATCH, -1, len(shapes), -1).contiguous()
+    samples = (BATCH, reference.shape[1], HEADS, len(shapes), POINTS)
+    angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)[:, None, None]
+    steps = torch.arange(1, POINTS + 1)[:, None]
+    offsets = directions * steps + 2 * torch.randn(*samples, 2, generator=generator)
+    logits = torch.randn(samples, generator=generator)
+    tokens = sum(height * width for height, width in shapes)
     value = torch.randn(BATCH, tokens, HEADS, CHANNELS, generator=generator)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return value.to(device, dtype), shapes, locations.to(device, wide), weights.to(device, dtype)
+    return Inputs(value, shapes, reference, offsets, logits)
+
+
+def around(attend: Callable, *inputs) -> Tensor:
+    """The fused operator by an unfused one: softmax and locations by PyTorch."""
+    value, shapes, reference, offsets, logits = Inputs(*inputs)
+    places = reference[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+    if reference.shape[-1] == 2:
+        unit = 1 / places.new_tensor(shapes).flip(-1)[:, None]
+    else:
+        unit = places[..., 2:] * (0.5 / offsets.shape[4])
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    return attend(value, shapes, places[..., :2] + offsets * unit, weights)
 
 
 def _centres(height: int, width: int) -> Tensor:
@@ -82,17 +116,18 @@ def _centres(height: int, width: int) -> Tensor:
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
 
 
-def forward(function: Callable, inputs: tuple) -> None:
+def forward(function: Callable, inputs: Inputs) -> None:
     """Without recording for a gradient."""
     with torch.no_grad():
         function(*inputs)
 
 
-def forward_and_backward(function: Callable, inputs: tuple) -> None:
-    """Gradients of all three tensors."""
-    value, shapes, locations, weights = inputs
-    leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
-    output = function(leaves[0], shapes, *leaves[1:])
+def forward_and_backward(function: Callable, inputs: Inputs) -> None:
+    """Gradients of value, offsets and logits."""
+    value, offsets, logits = leaves = [
+        tensor.detach().requires_grad_() for tensor in (inputs.value, inputs.offsets, inputs.logits)
+    ]
+    output = function(value, inputs.shapes, inputs.reference, offsets, logits)
     torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
@@ -119,30 +154,29 @@ def benchmark_op(dtype: torch.dtype, device: str, rounds: int) -> None:
     """Print the table."""
     status = load_native()
     print(f"PyTorch {torch.__version__}, {device}, {dtype}, {torch.get_num_threads()} threads")
-    print(f"dino_d2: {status.reason}; medians of {rounds} alternating calls\n")
-    print(f"{'':18}{'':20}{BASELINE:>14}{'dino_d2':>14}{'ratio':>9}")
-    grid_sample_dtype = dtype if torch.device(device).type == "cuda" else torch.float32
+    print(f"dino_d2: {status.reason}; medians of {rounds} alternating calls")
+    print("all but fused: with softmax and locations computed by PyTorch\n")
+    # grid_sample wants one dtype, and has no half on the CPU
+    baseline_dtype = torch.float32 if dtype.itemsize < 4 and device == "cpu" else dtype
+    functions = {
+        BASELINE: partial(around, attend_by_grid_sample),
+        "unfused": partial(around, ms_deform_attn),
+        "fused": ms_deform_attn_fused,
+    }
+    print(f"{'':38}" + "".join(f"{name:>14}" for name in functions) + f"{'ratio':>9}")
     for case in CASES:
-        inputs = make_inputs(case, dtype, device)
-        value, shapes, locations, weights = inputs
-        baseline = (value, shapes, locations, weights)
-        if dtype.itemsize < 4:  # grid_sample wants one dtype, and has no half on the CPU
-            baseline = tuple(
-                x.to(grid_sample_dtype) if isinstance(x, Tensor) else x for x in baseline
-            )
+        inputs = make_inputs(case)
+        given = {
+            name: inputs.to(device, baseline_dtype if name == BASELINE else dtype)
+            for name in functions
+        }
         for run in (forward, forward_and_backward):
-            jobs = {
-                BASELINE: lambda run=run, given=baseline: run(attend_by_grid_sample, given),
-                "dino_d2": lambda run=run, given=inputs: run(ms_deform_attn, given),
-            }
+            jobs = {name: partial(run, functions[name], given[name]) for name in functions}
             median = measure(jobs, rounds, device)
-            ratio = median[BASELINE] / median["dino_d2"]
+            times = "".join(f"{median[name]:11.2f} ms" for name in functions)
+            ratio = median[BASELINE] / median["fused"]
             label = run.__name__.replace("_", " ")
-            print(
-                f"{case.name:18}{label:>20}{median[BASELINE]:11.2f} ms{median['dino_d2']:11.2f} ms"
-                f"{ratio:8.1f}x",
-                flush=True,
-            )
+            print(f"{case.name:18}{label:>20}{times}{ratio:8.1f}x", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,6 +15,8 @@ sys.modules["dino_d2._C"] = types.ModuleType("dino_d2._C")  # instead of the ins
 
 from dino_d2.ops.ms_deform_attn import (  # noqa: E402
     ms_deform_attn_backward_pytorch,
+    ms_deform_attn_fused_backward_pytorch,
+    ms_deform_attn_fused_pytorch,
     ms_deform_attn_pytorch,
 )
 
@@ -37,6 +39,14 @@ def random_call(rng):
     value = torch.randn(batch, tokens, heads, channels).to(dtype)
     gradient = torch.randn(batch, queries, heads * channels).to(dtype)
     return value, shapes, locations, torch.rand(size).to(dtype), gradient
+
+
+def make_fused(rng, value, shapes, locations, weights, gradient):
+    """The same call in the fused form, with pixels for locations."""
+    batch, queries, _, levels, _ = weights.shape
+    reference = torch.rand(batch, queries, levels, rng.choice([2, 4]), dtype=locations.dtype)
+    offsets = ((locations - 0.5) * 6).to(value.dtype)
+    return value, shapes, reference, offsets, weights, gradient
 
 
 def spoil(rng, value, shapes, locations, weights):
@@ -75,13 +85,18 @@ def main(calls: int) -> None:
             except RuntimeError:
                 refused += 1
             continue
-        arguments = (value, shapes, locations, weights)
-        assert_same(
-            torch.ops.dino_d2.ms_deform_attn(*arguments), ms_deform_attn_pytorch(*arguments)
-        )
-        actual = torch.ops.dino_d2.ms_deform_attn_backward(gradient, *arguments)
-        expected = ms_deform_attn_backward_pytorch(gradient, *arguments)
-        for a, e in zip(actual, expected, strict=True):
+        ops, arguments = torch.ops.dino_d2, (value, shapes, locations, weights)
+        if rng.random() < 0.5:
+            output, expected = ops.ms_deform_attn(*arguments), ms_deform_attn_pytorch(*arguments)
+            gradients = ops.ms_deform_attn_backward(gradient, *arguments)
+            wanted = ms_deform_attn_backward_pytorch(gradient, *arguments)
+        else:
+            *arguments, gradient = make_fused(rng, *arguments, gradient)
+            output = ops.ms_deform_attn_fused(*arguments)
+            expected = ms_deform_attn_fused_pytorch(*arguments)
+            gradients = ops.ms_deform_attn_fused_backward(gradient, *arguments, True)
+            wanted = ms_deform_attn_fused_backward_pytorch(gradient, *arguments, True)
+        for a, e in zip((output, *gradients), (expected, *wanted), strict=True):
             assert_same(a, e)
     print(f"{calls} calls, {refused} refused")
 

@@ -1,5 +1,6 @@
 """The native sources under sanitizers, the CUDA kernels on the host, and their compilation."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from machine import find_nvcc
-from reference import ms_deform_attn_loop
+from reference import ms_deform_attn_fused_loop, ms_deform_attn_loop
 
 HERE = Path(__file__).parent
 OPS = HERE.parents[1] / "ops"
@@ -58,17 +59,15 @@ def emulated(tmp_path_factory):
     # swapcontext counts as setjmp for that warning
     compile_cpp([HERE / "emulation" / "main.cpp"], program, "-Wno-clobbered")
 
-    def run(value, shapes, locations, weights, gradient, seed, blocks):
-        batch, tokens, heads, channels = value.shape
-        header = [batch, tokens, heads, channels, locations.shape[1], locations.shape[4]]
-        header += [len(shapes), value.dtype == np.float64, seed, blocks]
-        header += [size for shape in shapes for size in shape]
-        arrays = (value, locations, weights, gradient)
+    def run(kernel, form, arrays, shapes, seed, grid_rows):
+        value, reference, offsets, logits, gradient = arrays
+        header = [*value.shape, offsets.shape[1], offsets.shape[4], len(shapes), form]
+        header += [*kernel, seed, grid_rows, *(size for shape in shapes for size in shape)]
         data = np.array(header, np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
         answer = subprocess.run([program], input=data, capture_output=True)
         assert answer.returncode == 0, answer.stderr.decode()
         results, flat = [], np.frombuffer(answer.stdout, value.dtype)
-        for like in (gradient, value, locations, weights):
+        for like in (gradient, value, reference, offsets, logits):
             results.append(flat[: like.size].reshape(like.shape))
             flat = flat[like.size :]
         return results
@@ -76,28 +75,85 @@ def emulated(tmp_path_factory):
     return run
 
 
-@compiler
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    ("channels", "points", "queries", "blocks"), [(32, 4, 5, 3), (8, 3, 7, 1), (71, 40, 2, 2)]
-)
-def test_cuda_kernels_on_the_host(emulated, channels, points, queries, blocks, dtype):
+FORMS = {"locations": 0, "points": 1, "boxes": 2}
+FLOAT, DOUBLE, BFLOAT16, BFLOAT16_AND_FLOAT = range(4)  # stored types, as in emulation/main.cpp
+KERNELS = {  # stored type, lanes, vector: what may run them
+    "float": (FLOAT, 8, 4),
+    "float, few channels": (FLOAT, 4, 4),
+    "float, odd channels": (FLOAT, 8, 1),
+    "double": (DOUBLE, 8, 1),
+    "bfloat16": (BFLOAT16, 4, 8),
+    "bfloat16, many channels": (BFLOAT16, 8, 8),
+    "bfloat16, odd channels": (BFLOAT16, 8, 1),
+}
+CHANNELS = {(FLOAT, 8, 4): 24, (FLOAT, 4, 4): 16, (BFLOAT16, 4, 8): 32, (BFLOAT16, 8, 8): 80}
+
+
+def make_cuda_inputs(form, dtype, channels, points, queries, shapes):
+    """value, reference, offsets, logits, gradient; at least a fifth of the samples outside."""
     rng = np.random.default_rng(channels)
-    shapes = [(5, 8), (3, 2), (1, 4)]
-    value = rng.standard_normal((2, 50, 3, channels)).astype(dtype)
-    locations = (rng.random((2, queries, 3, 3, points, 2)) * 2 - 0.5).astype(dtype)
-    locations[0, 0, 0, 0, :3] = [[np.nan, 0.5], [np.inf, 0.5], [0.5 / 8, -3e38]]
-    locations[1, 0, 0, 0, :2] = [[-0.5 / 8, 0.5], [7.5 / 8, 1.0]]  # exactly at -1 and on a column
-    weights = rng.random(locations.shape[:-1]).astype(dtype)
-    weights[0, 0, 0, 0, 0] = np.nan  # of a sample that takes no part
-    value[1, 4, 1, 0] = np.inf
-    gradient = rng.standard_normal((2, queries, 3 * channels)).astype(dtype)
-    expected = ms_deform_attn_loop(value, shapes, locations, weights, gradient)
-    for seed in (0, 1):
-        results = emulated(value, shapes, locations, weights, gradient, seed, blocks)
-        tolerance = 1e-11 if dtype == np.float64 else 1e-4
+    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
+    size = (2, queries, 3, levels, points)
+    value = rng.standard_normal((2, tokens, 3, channels))
+    reference = rng.random((2, queries, levels, {"locations": 0, "points": 2, "boxes": 4}[form]))
+    offsets, logits = 3 * rng.standard_normal((*size, 2)), rng.standard_normal(size)
+    if form == "locations":
+        offsets, logits = rng.random((*size, 2)) * 2 - 0.5, rng.random(size)
+        offsets[0, 1, 0, 0, :2] = [[-0.5 / 8, 0.5], [7.5 / 8, 1.0]]  # at -1, and on a column
+    gradient = rng.standard_normal((2, queries, 3 * channels))
+    arrays = [array.astype(dtype) for array in (value, reference, offsets, logits, gradient)]
+    arrays[2][0, 0, 0, 0, :3] = [[np.nan, 0.5], [np.inf, 0.5], [0.5 / 8, -3e38]]
+    arrays[0][1, 4, 1, 0] = np.inf
+    return arrays
+
+
+def cut_to_bfloat16(array):
+    return (array.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+def loop(form, shapes, value, reference, offsets, logits, gradient):
+    if form != "locations":
+        return ms_deform_attn_fused_loop(value, shapes, reference, offsets, logits, gradient)
+    results = ms_deform_attn_loop(value, shapes, offsets, logits, gradient)
+    return results[0], results[1], np.zeros(reference.shape), *results[2:]
+
+
+@compiler
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("form", "points", "queries"), [("locations", 7, 5), ("points", 4, 21), ("boxes", 9, 21)]
+)
+def test_cuda_kernels_on_the_host(emulated, points, queries, kernel, form):
+    """With as many queries as tokens in tiles of the maps, which reach over their ends."""
+    kernel, shapes = KERNELS[kernel], [(1, 9), (3, 4)]
+    dtype = np.float64 if kernel[0] == DOUBLE else np.float32
+    channels = CHANNELS.get(kernel, 19)
+    arrays = make_cuda_inputs(form, dtype, channels, points, queries, shapes)
+    tolerance = {FLOAT: 1e-4, DOUBLE: 1e-10, BFLOAT16: 3e-2}[kernel[0]]
+    if kernel[0] == BFLOAT16:
+        kept = 2 if form == "locations" else 1  # what stays in float
+        arrays = [a if i == kept else cut_to_bfloat16(a) for i, a in enumerate(arrays)]
+        if form == "locations" and kernel[1:] == (4, 8):
+            kernel = (BFLOAT16_AND_FLOAT, 4, 8)
+        elif form == "locations":
+            pytest.skip("its types are those of another case")
+    expected = loop(form, shapes, *arrays)
+    for seed, grid_rows in ((0, 6), (1, 2)):  # the second grid strides over images and heads
+        results = emulated(kernel, FORMS[form], arrays, shapes, seed, grid_rows)
         for actual, wanted in zip(results, expected, strict=True):
-            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
+            scale = max(1.0, np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
+            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+VALUE_REDUCTIONS = (r"RED\w*\.E\.ADD\.F32x4", r"(?:RED|ATOM)\w*\.E\.ADD\.F32\.")
+
+
+def find_disassembler():
+    """cuobjdump of the toolkit, or the one that comes with Triton."""
+    beside = Path(find_nvcc()).with_name("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    with_triton = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return next((str(path) for path in (beside, with_triton) if path and path.is_file()), None)
 
 
 @pytest.mark.nvcc
@@ -112,6 +168,35 @@ def test_cuda_sources_compile_without_spills(architecture, tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert len(kernels) == 8, "forward and backward in four dtypes"
-    assert set(kernels) == {("0", "0")}
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
+    assert len(stacks) == 32, "forward and backward in 16 combinations of types and lanes"
+    assert set(stacks) == {("0", "0")}
+    assert max(map(int, re.findall(r"Used (\d+) registers", result.stderr))) <= 80
+    disassembler = find_disassembler()
+    if disassembler is None:
+        pytest.skip("compiled without spills; there is no cuobjdump to look further")
+    check_instructions(disassembler, tmp_path / "launch.o", int(architecture))
+
+
+def check_instructions(disassembler, binary, architecture):
+    """Wide loads of value, vector reductions where there are any, and short kernels."""
+    listing = subprocess.run([disassembler, "-sass", binary], capture_output=True, text=True).stdout
+    kernels = {}
+    for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", listing, re.S):
+        # ...kernelI<types>Li<lanes>ELi<vector>EE...
+        kind = re.search(r"(forward|backward)_kernelI(\w+?)Li(\d)ELi(\d)EE", name)
+        kernels[kind.groups()] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.M)
+    assert len(kernels) == 32
+    for (direction, _, _, vector), instructions in kernels.items():
+        text = "\n".join(instructions)
+        if vector == "1":
+            continue
+        assert re.search(r"LDG\.E\.128", text), "16 bytes of value per lane"
+        assert len(instructions) < 2500
+        if direction == "backward":
+            vectors, scalars = (len(re.findall(p, text)) for p in VALUE_REDUCTIONS)
+            if architecture >= 90:
+                assert vectors >= int(vector)  # / 4 per corner
+            else:
+                assert vectors == 0
+                assert scalars >= 4 * int(vector)

@@ -1,15 +1,16 @@
 import pytest
 import torch
 
-from dino_d2.ops import ms_deform_attn
+from dino_d2.ops import ms_deform_attn, ms_deform_attn_fused
 from dino_d2.tools import benchmark
-from dino_d2.tools.benchmark import Case, attend_by_grid_sample, make_inputs
+from dino_d2.tools.benchmark import Case, around, attend_by_grid_sample, make_inputs
 
 
 @pytest.mark.parametrize("queries", [None, 7])
-def test_alternative_computes_the_same(queries):
-    inputs = make_inputs(Case("odd", 133, 71, queries), torch.float64, "cpu")
-    torch.testing.assert_close(attend_by_grid_sample(*inputs), ms_deform_attn(*inputs))
+@pytest.mark.parametrize("attend", [attend_by_grid_sample, ms_deform_attn])
+def test_alternatives_compute_the_same(attend, queries):
+    inputs = make_inputs(Case("odd", 133, 71, queries)).to("cpu", torch.float64)
+    torch.testing.assert_close(around(attend, *inputs), ms_deform_attn_fused(*inputs))
 
 
 def test_table(monkeypatch, capsys):
@@ -18,7 +19,7 @@ def test_table(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith(("tiny", "few"))]
     assert len(rows) == 4
-    assert all(row.endswith("x") and row.count(" ms") == 2 for row in rows)
+    assert all(row.endswith("x") and row.count(" ms") == 3 for row in rows)
 
 
 def test_jobs_alternate():

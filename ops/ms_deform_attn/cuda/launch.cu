@@ -8,64 +8,88 @@
 namespace dino_d2 {
 namespace {
 
-constexpr int kThreads = 256;
-
-// The kernels stride over their items, so a bounded grid covers any number of them.
-unsigned blocks(const Problem& problem) {
-  const int64_t warps = problem.batch * problem.queries * problem.heads;
-  const int64_t per_block = kThreads / cuda::kWarpSize;
-  const int64_t wanted = (warps + per_block - 1) / per_block, most = int64_t(1) << 20;
-  return static_cast<unsigned>(wanted < most ? wanted : most);
+// A block per tile and (image, head), the latter slowest: blocks that run together share rows of
+// value. The kernels stride over images and heads beyond the grid's limit.
+dim3 grid(const Problem& problem, const cuda::Schedule& schedule) {
+  const int64_t heads = problem.batch * problem.heads, most = 65535;
+  return dim3(schedule.tiles, static_cast<unsigned>(heads < most ? heads : most));
 }
 
-template <typename T, typename A>
-void forward(const Problem& problem, const void* value, const void* locations,
-             const void* attention, void* output, cudaStream_t stream) {
-  cuda::forward_kernel<T, A><<<blocks(problem), kThreads, 0, stream>>>(
-      problem, static_cast<const T*>(value), static_cast<const A*>(locations),
-      static_cast<const T*>(attention), static_cast<T*>(output));
+// One kernel's types and shape.
+template <typename T, typename A, typename O, int kLanes, int kVector>
+struct Launch {
+  static cuda::Inputs<T, A, O> typed(const Pointers& inputs) {
+    return {static_cast<const T*>(inputs.value), static_cast<const A*>(inputs.reference),
+            static_cast<const O*>(inputs.offsets), static_cast<const T*>(inputs.logits)};
+  }
+
+  static void run(const Problem& problem, const Pointers& inputs, void* output,
+                  cudaStream_t stream) {
+    const cuda::Schedule schedule = cuda::make_schedule(problem);
+    cuda::forward_kernel<T, A, O, kLanes, kVector>
+        <<<grid(problem, schedule), cuda::kThreads, 0, stream>>>(problem, schedule, typed(inputs),
+                                                                 static_cast<T*>(output));
+  }
+
+  static void run(const Problem& problem, const void* grad_output, const Pointers& inputs,
+                  const GradientPointers& outputs, cudaStream_t stream) {
+    const cuda::Schedule schedule = cuda::make_schedule(problem);
+    const cuda::Outputs<A, O> results = {
+        static_cast<A*>(outputs.value), static_cast<A*>(outputs.reference),
+        static_cast<O*>(outputs.offsets), static_cast<A*>(outputs.logits)};
+    cuda::backward_kernel<T, A, O, kLanes, kVector>
+        <<<grid(problem, schedule), cuda::kThreads, 0, stream>>>(
+            problem, schedule, static_cast<const T*>(grad_output), typed(inputs), results);
+  }
+};
+
+// Lanes of 16 bytes where rows allow it, 8 lanes where there are channels for them; otherwise one
+// channel per lane.
+template <typename T, typename A, typename O, typename... Arguments>
+void choose_lanes(const Problem& problem, const Arguments&... arguments) {
+  if constexpr (sizeof(T) <= sizeof(float)) {
+    constexpr int kVector = 16 / sizeof(T);
+    if (problem.channels % kVector == 0) {
+      if (problem.channels > 4 * kVector)
+        Launch<T, A, O, 8, kVector>::run(problem, arguments...);
+      else
+        Launch<T, A, O, 4, kVector>::run(problem, arguments...);
+      return;
+    }
+  }
+  Launch<T, A, O, 8, 1>::run(problem, arguments...);
 }
 
-template <typename T, typename A>
-void backward(const Problem& problem, const void* grad_output, const void* value,
-              const void* locations, const void* attention, void* grad_value, void* grad_locations,
-              void* grad_attention, cudaStream_t stream) {
-  cuda::backward_kernel<T, A><<<blocks(problem), kThreads, 0, stream>>>(
-      problem, static_cast<const T*>(grad_output), static_cast<const T*>(value),
-      static_cast<const A*>(locations), static_cast<const T*>(attention),
-      static_cast<A*>(grad_value), static_cast<A*>(grad_locations),
-      static_cast<T*>(grad_attention));
-}
-
-const char* launch_error() {
+template <typename... Arguments>
+const char* choose_types(Storage storage, const Problem& problem, const Arguments&... arguments) {
+  const bool fused = problem.has_softmax();
+  if (storage == Storage::kFloat)
+    choose_lanes<float, float, float>(problem, arguments...);
+  else if (storage == Storage::kDouble)
+    choose_lanes<double, double, double>(problem, arguments...);
+  else if (storage == Storage::kHalf && fused)
+    choose_lanes<__half, float, __half>(problem, arguments...);
+  else if (storage == Storage::kHalf)
+    choose_lanes<__half, float, float>(problem, arguments...);
+  else if (fused)
+    choose_lanes<__nv_bfloat16, float, __nv_bfloat16>(problem, arguments...);
+  else
+    choose_lanes<__nv_bfloat16, float, float>(problem, arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
-const char* launch_forward(Storage storage, const Problem& problem, const void* value,
-                           const void* locations, const void* attention, void* output,
-                           void* stream) {
-  auto launch = storage == Storage::kFloat    ? forward<float, float>
-                : storage == Storage::kDouble ? forward<double, double>
-                : storage == Storage::kHalf   ? forward<__half, float>
-                                              : forward<__nv_bfloat16, float>;
-  launch(problem, value, locations, attention, output, static_cast<cudaStream_t>(stream));
-  return launch_error();
+const char* launch_forward(Storage storage, const Problem& problem, const Pointers& inputs,
+                           void* output, void* stream) {
+  return choose_types(storage, problem, inputs, output, static_cast<cudaStream_t>(stream));
 }
 
 const char* launch_backward(Storage storage, const Problem& problem, const void* grad_output,
-                            const void* value, const void* locations, const void* attention,
-                            void* grad_value, void* grad_locations, void* grad_attention,
-                            void* stream) {
-  auto launch = storage == Storage::kFloat    ? backward<float, float>
-                : storage == Storage::kDouble ? backward<double, double>
-                : storage == Storage::kHalf   ? backward<__half, float>
-                                              : backward<__nv_bfloat16, float>;
-  launch(problem, grad_output, value, locations, attention, grad_value, grad_locations,
-         grad_attention, static_cast<cudaStream_t>(stream));
-  return launch_error();
+                            const Pointers& inputs, const GradientPointers& outputs, void* stream) {
+  return choose_types(storage, problem, grad_output, inputs, outputs,
+                      static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace dino_d2

@@ -7,15 +7,21 @@ namespace dino_d2 {
 
 enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Locations and everything accumulated are float, or double where the storage is double.
+// Reference, value gradient, reference gradient and logit gradient are float, or double where the
+// storage is double; so are the locations of Form::kLocations and their gradient. All else is
+// stored as `storage` says. Every pointer is a multiple of 16.
+struct Pointers {
+  const void *value, *reference, *offsets, *logits;
+};
+struct GradientPointers {
+  void *value, *reference;  // start at zero; reference: nullptr where not wanted
+  void *offsets, *logits;
+};
+
 // Each launches on `stream` (a cudaStream_t) and returns the launch's error text, or nullptr.
-const char* launch_forward(Storage storage, const Problem& problem, const void* value,
-                           const void* locations, const void* attention, void* output,
-                           void* stream);
-// grad_value starts at zero.
+const char* launch_forward(Storage storage, const Problem& problem, const Pointers& inputs,
+                           void* output, void* stream);
 const char* launch_backward(Storage storage, const Problem& problem, const void* grad_output,
-                            const void* value, const void* locations, const void* attention,
-                            void* grad_value, void* grad_locations, void* grad_attention,
-                            void* stream);
+                            const Pointers& inputs, const GradientPointers& outputs, void* stream);
 
 }  // namespace dino_d2

@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the host, one fiber per thread, so that they can be tested without a GPU and
-// under sanitizers. Supports what the kernels use: thread and block indices, warp shuffles with
-// a full mask, and atomicAdd. Threads of a block run in an order shuffled by `seed`. Races and the
-// memory model are not emulated.
+// under sanitizers. Supports what the kernels use: thread and block indices, shared memory, warp
+// barriers and shuffles with a full mask, and atomicAdd. Threads of a block run in an order
+// shuffled by `seed`: what a kernel reads from shared memory without a barrier is wrong in some
+// order. The memory model is not emulated.
 #pragma once
 
 #include <ucontext.h>
@@ -21,9 +22,12 @@
 #define __host__
 #define __forceinline__ inline
 #define __restrict__ __restrict
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
 
 struct Index {
-  unsigned x;
+  unsigned x, y = 0;
 };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -78,19 +82,20 @@ inline void enter() {
 }
 
 // kernel() for every thread of every block.
-inline void launch(unsigned blocks, unsigned threads, unsigned seed,
+inline void launch(Index blocks, unsigned threads, unsigned seed,
                    const std::function<void()>& kernel) {
-  constexpr size_t kStack = 1 << 18;
+  constexpr size_t kStack = 1 << 16;
   std::mt19937 random(seed);
   body = &kernel;
-  gridDim = {blocks}, blockDim = {threads};
-  for (unsigned block = 0; block < blocks; ++block) {
-    blockIdx = {block};
-    std::vector<Fiber> block_fibers(threads);
+  gridDim = blocks, blockDim = {threads};
+  std::vector<Fiber> block_fibers(threads);
+  for (Fiber& fiber : block_fibers) fiber.stack.reset(new char[kStack]);
+  for (unsigned block = 0; block < blocks.x * blocks.y; ++block) {
+    blockIdx = {block % blocks.x, block / blocks.x};
     std::vector<Warp> block_warps(threads / kWarp);
     fibers = &block_fibers, warps = &block_warps;
     for (Fiber& fiber : block_fibers) {
-      fiber.stack.reset(new char[kStack]);
+      fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
@@ -114,10 +119,7 @@ inline void launch(unsigned blocks, unsigned threads, unsigned seed,
 
 }  // namespace emulation
 
-template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulation::exchange(value, lane);
-}
+inline void __syncwarp() { emulation::warp_barrier(); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
