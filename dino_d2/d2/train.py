@@ -77,6 +77,7 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         cfg.train.seed if cfg.train.seed is not None and cfg.train.seed >= 0 else None,
         cfg.train.output_dir,
         signals,
+        cfg.train.worker_timeout,
     )
     checkpointer = Checkpointer(
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
@@ -148,7 +149,9 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
             distributed.broadcast(buffer, 0)
     dtype = PRECISIONS[_precision(cfg)]
     with torch.autocast(bare.device.type, dtype, enabled=dtype is not None):
-        results = inference_on_dataset(model, UntilStopped(loader, signals), evaluator)
+        results = inference_on_dataset(
+            model, UntilStopped(loader, signals, cfg.train.worker_timeout), evaluator
+        )
     print_csv_format(results)
     return results
 
