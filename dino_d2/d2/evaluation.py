@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from .loading import deadline
 from .stopping import Stopped, StopSignals
 
 
@@ -65,16 +66,19 @@ class CheckedEvaluator(DatasetEvaluator):
 
 
 class UntilStopped:
-    """A loader that ends early when a signal comes."""
+    """A loader that ends early when a signal comes, and fails when a batch takes too long."""
 
-    def __init__(self, loader: Iterable, signals: StopSignals):
-        self.loader, self.signals = loader, signals
+    def __init__(self, loader: Iterable, signals: StopSignals, timeout: float = 0):
+        self.loader, self.signals, self.timeout = loader, signals, timeout
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        for batch in self.loader:
-            if self.signals.number:
+        batches, end = iter(self.loader), object()
+        while not self.signals.number:
+            with deadline(self.timeout):
+                batch = next(batches, end)
+            if batch is end:
                 return
             yield batch

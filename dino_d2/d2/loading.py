@@ -143,6 +143,29 @@ def _ignore_signals(_worker: int) -> None:
 
 
 @contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise a LoadingError where the block still waits for data after that time; 0 is no limit.
+
+    A loader's own timeout does not end a wait for the rest of what a frozen worker has begun to
+    send, nor one in this process.
+    """
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+
+    def give_up(*_):
+        raise LoadingError(f"no data for {seconds} seconds: a file or a data loader's worker hangs")
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@contextmanager
 def no_workers_left() -> Iterator[None]:
     """At the end of the block, kill workers that it started and left behind.
 

@@ -77,6 +77,7 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         cfg.train.seed if cfg.train.seed is not None and cfg.train.seed >= 0 else None,
         cfg.train.output_dir,
         signals,
+        cfg.train.worker_timeout,
     )
     checkpointer = Checkpointer(
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
@@ -149,7 +150,9 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
     with autocast(bare.device.type, _precision(cfg)):
-        results = inference_on_dataset(model, UntilStopped(loader, signals), evaluator)
+        results = inference_on_dataset(
+            model, UntilStopped(loader, signals, cfg.train.worker_timeout), evaluator
+        )
     print_csv_format(results)
     return results
 

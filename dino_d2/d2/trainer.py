@@ -14,7 +14,7 @@ from ..checkpoint.io import replace_file
 from ..diagnostics.non_finite import record_non_finite
 from ..errors import NonFiniteError
 from ..transfer import to_device
-from .loading import seed_all, start_at
+from .loading import deadline, seed_all, start_at
 from .stopping import Stopped, StopSignals
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,10 +41,12 @@ class Trainer(SimpleTrainer):
         seed: of all that is random; None draws one. A checkpoint keeps it.
         save_dir: where a batch goes that makes a loss or the gradient not finite; "" nowhere.
         signals: end training after the step in which one comes, in all processes.
+        data_timeout: seconds that a batch may take to come; 0 is no limit.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite, in any process. The step leaves
             the weights untouched in all of them.
+        LoadingError: a batch has not come in time.
         Stopped: there was a signal.
     """
 
@@ -59,6 +61,7 @@ class Trainer(SimpleTrainer):
         seed: int | None = None,
         save_dir: str = "",
         signals: StopSignals | None = None,
+        data_timeout: float = 0,
     ):
         super().__init__(model, data_loader, optimizer)
         if precision not in PRECISIONS:
@@ -67,6 +70,7 @@ class Trainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "float16")
         self.seed = comm.shared_random_seed() if seed is None else seed
         self.save_dir, self.signals = save_dir, signals or StopSignals()
+        self.data_timeout = data_timeout
         self.phase = ""  # of the step, for who watches it
         self._stop, self._skipped = 0, 0
 
@@ -79,7 +83,8 @@ class Trainer(SimpleTrainer):
         """Forward, backward, check, clip, step."""
         start = time.perf_counter()
         self.phase = "loading data"
-        batch = next(self._data_loader_iter)
+        with deadline(self.data_timeout):
+            batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         try:
             losses = self._backward(batch, self.model)

@@ -101,6 +101,18 @@ def test_a_silent_worker_is_an_error():
     assert time.monotonic() - start < 20
 
 
+def test_a_file_that_never_ends_is_an_error():
+    import time
+
+    from dino_d2.d2.loading import LoadingError, deadline
+
+    with pytest.raises(LoadingError, match=r"no data for 0\.2 seconds"), deadline(0.2):
+        time.sleep(100)
+    with deadline(0.2):
+        pass
+    time.sleep(0.3)  # nothing is left of it
+
+
 def test_loaders_without_workers_are_left_alone():
     from dino_d2.d2.loading import watch_workers
 
