@@ -129,7 +129,7 @@ _LABELS: Table = [("label_enc.weight", "denoising.label_embed.weight")]
 # These hold two weights of ours; `split` takes them apart.
 LABELS_AND_CONTENT = "denoising.labels_and_content"
 POSITIONS_AND_CONTENT = "query_source.positions_and_content"
-HEAD_EMBEDS = "co_heads.queries.{}.head_embed"  # a row for each head, whose names "+" joins
+HEAD_EMBEDS = "co_heads.head_embeds:"  # a row for each head, whose names follow, joined by "+"
 
 _PLACED_QUERIES: Table = [
     ("query_embed.weight", POSITIONS_AND_CONTENT),
@@ -189,10 +189,10 @@ def split(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if POSITIONS_AND_CONTENT in result:
         halves = result.pop(POSITIONS_AND_CONTENT).chunk(2, 1)
         result["query_source.positions"], result["query_source.content"] = halves
-    for name in [name for name in result if "+" in name]:
-        prefix, heads, suffix = name.rsplit(".", 2)
-        rows = result.pop(name)
-        result.update({f"{prefix}.{h}.{suffix}": rows[i] for i, h in enumerate(heads.split("+"))})
+    for name in [name for name in result if name.startswith(HEAD_EMBEDS)]:
+        heads = name.removeprefix(HEAD_EMBEDS).split("+")
+        for head, row in zip(heads, result.pop(name), strict=True):
+            result[f"co_heads.queries.{head}.head_embed"] = row
     return result
 
 
@@ -357,13 +357,14 @@ def official_co_detr(names: Iterable[str]) -> Table:
         ("query_head.downsample.#.*", "co_heads.pyramid.coarser.0.#.*"),
         *_positive_queries(heads),
         *_CO_HEADS,
+        *((f"{mask}.*", None) for mask in ("mask_head", "mask_iou_head", "roi_head.0.mask_head")),
     ]
 
 
 def _positive_queries(heads: list[str]) -> Table:
     """The layers that encode each head's queries, which have its number."""
     return [
-        ("query_head.transformer.head_pos_embed.weight", HEAD_EMBEDS.format("+".join(heads))),
+        ("query_head.transformer.head_pos_embed.weight", HEAD_EMBEDS + "+".join(heads)),
         *(
             (f"query_head.transformer.{theirs}.{i}.*", f"co_heads.queries.{head}.{ours}.*")
             for i, head in enumerate(heads)

@@ -70,26 +70,32 @@ class DETR(nn.Module):
         if len(targets) != len(images):
             raise ValueError(f"targets of {len(targets)} images for a batch of {len(images)}")
         packed = pack_targets(targets, self.num_classes, images)
-        noised = None
-        attn_mask = None
+        noised, helped = None, Collaboration({}, {})
         if self.training and self.denoising is not None:
             noised = self.denoising(packed)
-            attn_mask = noised.attn_mask(queries.anchors.shape[1])
-            queries = Queries(*map(_prepend, noised.queries[:2], queries[:2]))
-        if not self.training or self.co_heads is None:
-            predictions = self.decoder(queries, memory, self.heads, attn_mask)
-            return self._losses(predictions, proposals, noised, packed)
-        helped = self.co_heads(memory, padding_mask, packed)
-        parts = [(queries, attn_mask)]
-        parts += [(known.queries, known.attn_mask()) for known in helped.queries.values()]
-        if self.co_heads.one_pass:
-            predictions, *of_heads = decode_apart(self.decoder, parts, memory, self.heads)
-        else:
-            predictions, *of_heads = (
-                self.decoder(part, memory, self.heads, mask) for part, mask in parts
-            )
+        if self.training and self.co_heads is not None:
+            helped = self.co_heads(memory, padding_mask, packed)
+        predictions, *of_heads = self._decode(queries, noised, helped, memory)
         losses = self._losses(predictions, proposals, noised, packed, helped, of_heads)
         return {**losses, **helped.losses}
+
+    def _decode(
+        self,
+        queries: Queries,
+        noised: NoisedQueries | None,
+        helped: Collaboration,
+        memory: Memory,
+    ) -> list[Predictions]:
+        """Of the denoising and ordinary queries together, and of every co-head's queries."""
+        attn_mask = None
+        if noised is not None:
+            attn_mask = noised.attn_mask(queries.anchors.shape[1])
+            queries = Queries(*map(_prepend, noised.queries[:2], queries[:2]))
+        parts = [(queries, attn_mask)]
+        parts += [(known.queries, known.attn_mask()) for known in helped.queries.values()]
+        if helped.queries and self.co_heads.one_pass:
+            return decode_apart(self.decoder, parts, memory, self.heads)
+        return [self.decoder(part, memory, self.heads, mask) for part, mask in parts]
 
     def _encode(self, images: Tensor, padding_mask: Tensor) -> Memory:
         return self.encoder(self.neck(self.backbone(images), padding_mask))
@@ -124,8 +130,8 @@ class DETR(nn.Module):
         proposals: Predictions | None,
         noised: NoisedQueries | None,
         targets: Targets,
-        helped: Collaboration | None = None,
-        of_heads: Sequence[Predictions] = (),
+        helped: Collaboration,
+        of_heads: Sequence[Predictions],
     ) -> dict[str, Tensor]:
         """Make a group of everything supervised and hand all to the criterion."""
         with torch.autocast(targets.boxes.device.type, enabled=False):
@@ -137,7 +143,7 @@ class DETR(nn.Module):
                 if self.query_source.class_agnostic:
                     known = targets._replace(labels=torch.zeros_like(targets.labels))
                 matched["encoder proposals"] = (proposals, known)
-            helpers = dict(zip(helped.queries if helped else (), of_heads, strict=True))
+            helpers = dict(zip(helped.queries, of_heads, strict=True))
             assignments = self.matcher(matched, {"denoising": denoised, **helpers})
             num_objects = average_count(len(targets.labels), targets.boxes)
             groups = [
