@@ -132,3 +132,15 @@ def test_large_scale_jitter(backbone, build):
     size = 1280 if "swin" in backbone else 1024
     assert dataloader.train.mapper.augmentations.size == size
     assert dataloader.test.mapper.augmentations.size == size
+
+
+def test_heads_by_overrides(build):
+    """Overrides merge; they can add a head and leave one out."""
+    from dino_d2.d2 import apply_overrides
+
+    cfg = copy.deepcopy(find("co_dino_r50_5scale_12ep"))
+    key = "model.detector.co_heads"
+    cfg = apply_overrides(cfg, [f"{key}.faster_rcnn=null", f"{key}={{fcos:{{num_convs:2}}}}"])
+    detector = build(cfg.model).detector
+    assert list(detector.co_heads.heads) == ["atss", "fcos"]
+    assert len(detector.co_heads.heads["fcos"].towers.box_tower) == 2

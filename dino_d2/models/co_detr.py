@@ -16,7 +16,7 @@ HEADS = ("faster_rcnn", "atss")
 
 def build_co_detr(
     base: DETR,
-    co_heads: Sequence[str] | Mapping[str, Mapping] = HEADS,
+    co_heads: Sequence[str] | Mapping[str, Mapping | None] = HEADS,
     co_head_weights: Mapping[str, float] | None = None,
     co_head_weight: float = 2.0,
     query_weight: float = 1.0,
@@ -33,8 +33,8 @@ def build_co_detr(
 
     Args:
         base: with a single or several scales, for example of `build_co_dino_base`.
-        co_heads: K of them, by their names in `CO_HEADS`; as a mapping, with the options of each.
-            None at all is the detector itself.
+        co_heads: K of them, by their names in `CO_HEADS`; as a mapping, with the options of each,
+            where None leaves a head out. Without any the detector stays as it is.
         co_head_weights: factors of single heads' losses, 1 where not given.
         co_head_weight: of all heads' losses (lambda 2), relative to the sum over decoder layers.
         query_weight: of the losses of positive queries (lambda 1).
@@ -53,6 +53,7 @@ def build_co_detr(
         raise ValueError(f"num_classes is {num_classes}, but the base has {base.num_classes}")
     if not isinstance(co_heads, Mapping):
         co_heads = {name: {} for name in co_heads}
+    co_heads = {name: options for name, options in co_heads.items() if options is not None}
     if not co_heads:
         return base
     weights = dict(co_head_weights or {})

@@ -89,6 +89,7 @@ def test_no_heads_are_the_detector_itself():
     base = build_dino(StubBackbone(), **SETTINGS).double()
     names = list(base.state_dict())
     assert build_co_detr(base, {}) is base
+    assert build_co_detr(base, {"atss": None}) is base  # as an override can say
     assert list(base.state_dict()) == names
     assert base.co_heads is None
     losses = losses_of(add_noise(base))
