@@ -48,11 +48,12 @@ def tiny(tmp_path):
 
 def test_every_yaml_has_a_name():
     assert NAMES == [
+        "co_detr/co_dino_r50_5scale_12ep",
         "dino/dino_r50_4scale_12ep",
         "dn_detr/dn_deformable_detr_r50_50ep",
         "dn_detr/dn_detr_r50_50ep",
     ]
-    with pytest.raises(KeyError, match=r"no config 'dino/x.yaml'; there are dino/dino_r50_4scale"):
+    with pytest.raises(KeyError, match=r"no config 'dino/x.yaml'; there are co_detr/co_dino"):
         model_zoo.get_config_file("dino/x.yaml")
 
 
