@@ -144,3 +144,34 @@ def test_heads_by_overrides(build):
     detector = build(cfg.model).detector
     assert list(detector.co_heads.heads) == ["atss", "fcos"]
     assert len(detector.co_heads.heads["fcos"].towers.box_tower) == 2
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_weights_for_other_classes_fit_but_for_those_named(agnostic):
+    """As from Objects365; what knows no classes is taken over."""
+    import torch
+    from tiny import tiny_detector
+
+    from dino_d2.checkpoint import load_weights
+    from dino_d2.d2 import CoDETR
+
+    heads = {"faster_rcnn": {"class_agnostic": agnostic}, "atss": {}}
+    source, model = (
+        CoDETR(detector=tiny_detector("co_dino", torch.float32, num_classes=k, co_heads=heads))
+        for k in (9, 5)
+    )
+    before = model.state_dict()
+    skip = find("co_dino_vit_large_5scale_o365_12ep").train.init_skip
+    load_weights(model, source.state_dict(), skip=list(skip))
+    after, given = model.state_dict(), source.state_dict()
+    for name, tensor in after.items():
+        if tensor.shape == given[name].shape and "faster_rcnn.box_head" not in name:
+            assert torch.equal(tensor, given[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_evaluation_on_lvis_as_published():
+    cfg = find("co_dino_vit_large_5scale_o365_lsj_lvis_16ep")
+    assert cfg.dataloader.evaluator.max_detections == cfg.model.num_detections == 1000
+    assert cfg.dataloader.evaluator.unsuppressed

@@ -58,9 +58,10 @@ class Anchors:
     def inside(self, maps: Sequence[Tensor], image_size: tuple[int, int]) -> list[Tensor]:
         """Indices, for every map, of anchors whose cells begin within the image (width, height).
 
-        The host knows their number, so nothing waits for the device.
+        They count the anchors of all maps. The host knows their number, so nothing waits for the
+        device.
         """
-        found = []
+        found, start = [], 0
         for feature, stride in zip(maps, self.strides, strict=True):
             height, width = feature.shape[-2:]
             columns, rows = (math.ceil(side / stride) for side in image_size)
@@ -68,7 +69,8 @@ class Anchors:
             y = torch.arange(min(rows, height), device=feature.device)
             cells = (y[:, None] * width + x).flatten()
             of_cell = torch.arange(self.per_cell, device=feature.device)
-            found.append((cells[:, None] * self.per_cell + of_cell).flatten())
+            found.append((cells[:, None] * self.per_cell + of_cell).flatten() + start)
+            start += height * width * self.per_cell
         return found
 
 

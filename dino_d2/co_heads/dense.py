@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -112,25 +111,23 @@ class DenseHead(nn.Module):
     ) -> tuple[dict[str, Tensor], list[Candidates]]:
         """See `CoHead`: losses "class", "giou" and, if there is one, "centerness"."""
         outputs = self.towers(maps)
-        levels = self.anchors(maps)
+        anchors = torch.cat(self.anchors(maps))
         matched = torch.stack(
             [
-                self._match(levels, self.anchors.inside(maps, size), of_image.boxes)
+                self._match(anchors, self.anchors.inside(maps, size), of_image.boxes)
                 for size, of_image in zip(image_sizes, objects, strict=True)
             ]
         )
-        anchors = torch.cat(levels)
         features = torch.cat([feature.flatten(2) for feature in maps], 2).transpose(1, 2)
         return self._losses(outputs, anchors, matched, objects), [
             self._hand_over(anchors, *of_image) for of_image in zip(matched, features, strict=True)
         ]
 
-    def _match(self, levels: list[Tensor], inside: list[Tensor], objects: Tensor) -> Tensor:
+    def _match(self, anchors: Tensor, inside: list[Tensor], objects: Tensor) -> Tensor:
         """(A,), for all anchors; those outside the image are ignored."""
-        found = self.assign([b[i] for b, i in zip(levels, inside, strict=True)], objects)
-        starts = [0, *accumulate(len(level) for level in levels)]
-        where = torch.cat([i + start for i, start in zip(inside, starts, strict=False)])
-        return torch.full((starts[-1],), IGNORED, device=found.device).scatter(0, where, found)
+        found = self.assign([anchors[of_level] for of_level in inside], objects)
+        matched = torch.full((len(anchors),), IGNORED, device=found.device)
+        return matched.scatter(0, torch.cat(inside), found)
 
     def _losses(
         self, outputs: DenseOutputs, anchors: Tensor, matched: Tensor, objects: Sequence[Objects]

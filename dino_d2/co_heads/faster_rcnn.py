@@ -1,7 +1,6 @@
 """Faster R-CNN (Ren et al., NeurIPS 2015) as a co-head."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +59,12 @@ class RegionProposals(nn.Module):
         levels = self.anchors(maps)
         losses = {}
         if objects is not None:
+            anchors = torch.cat(levels)
             sampled = [
-                self._sample(levels, self.anchors.inside(maps, size), of_image)
+                self._sample(anchors, self.anchors.inside(maps, size), of_image)
                 for size, of_image in zip(image_sizes, objects, strict=True)
             ]
-            losses = self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), levels, sampled)
+            losses = self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), anchors, sampled)
         counts = self.num_testing if objects is None else self.num_training
         with torch.no_grad():
             proposals = [
@@ -74,21 +74,18 @@ class RegionProposals(nn.Module):
         return losses, proposals
 
     def _sample(
-        self, levels: list[Tensor], inside: list[Tensor], objects: Objects
+        self, anchors: Tensor, inside: list[Tensor], objects: Objects
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Positive and negative anchors (P,), (N,), and boxes (P, 4) of the former's objects."""
-        boxes = torch.cat([level[i] for level, i in zip(levels, inside, strict=True)])
-        starts = [0, *accumulate(len(level) for level in levels)]
-        where = torch.cat([i + start for i, start in zip(inside, starts, strict=False)])
-        matched = assign_by_iou(boxes, objects.boxes, 0.7, 0.3, at_least=0.3)
+        where = torch.cat(inside)
+        matched = assign_by_iou(anchors[where], objects.boxes, 0.7, 0.3, at_least=0.3)
         positives, negatives = sample(matched, 256, 0.5)
         return where[positives], where[negatives], objects.boxes[matched[positives]]
 
     def _losses(
-        self, logits: Tensor, deltas: Tensor, levels: list[Tensor], sampled: list[tuple]
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, sampled: list[tuple]
     ) -> dict[str, Tensor]:
         """Means over the sampled anchors. logits (B, A), deltas (B, A, 4)."""
-        anchors = torch.cat(levels)
         errors, distances, count = [], [], 0
         for image, (positives, negatives, boxes) in enumerate(sampled):
             given = logits[image, torch.cat([positives, negatives])]
@@ -207,13 +204,19 @@ class FasterRCNN(nn.Module):
         sides = (joined[:, 2:] - joined[:, :2]).prod(1).sqrt()
         finest = 14 * self.strides[0]
         level = (sides / finest + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
-        regions = maps[0].new_zeros(len(rows), maps[0].shape[1], *[self.region_size] * 2)
+        dtype = torch.promote_types(maps[0].dtype, torch.float32)  # of coordinates, above all
+        regions = rows.new_zeros(len(rows), maps[0].shape[1], *[self.region_size] * 2, dtype=dtype)
         for number, (feature, stride) in enumerate(zip(maps, self.strides, strict=False)):
             chosen = (level == number).nonzero().squeeze(1)
-            pooled = roi_align(
-                feature, rows[chosen].to(feature.dtype), self.region_size, 1 / stride, aligned=True
-            )
-            regions = regions.index_copy(0, chosen, pooled.to(regions.dtype))
+            with torch.autocast(feature.device.type, enabled=False):
+                pooled = roi_align(
+                    feature.to(dtype),
+                    rows[chosen].to(dtype),
+                    self.region_size,
+                    1 / stride,
+                    aligned=True,
+                )
+            regions = regions.index_copy(0, chosen, pooled)
         return regions
 
     def _score(self, regions: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ The wrapped heads keep their own losses, assignment and thresholds.
 from collections.abc import Sequence
 
 import torch
+from detectron2.config import instantiate
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
@@ -24,13 +25,15 @@ class DenseCoHead(nn.Module):
 
     Args:
         embed_dim, num_classes, strides: of the maps; the detector has to be made for them.
-        detector: its `head`, `anchor_generator`, `label_anchors` and losses are used.
+        detector: a module, or a config of one; its `head`, `anchor_generator`, `label_anchors` and
+            losses are used.
     """
 
     def __init__(
         self, embed_dim: int, num_classes: int, strides: Sequence[int], detector: DenseDetector
     ):
         super().__init__()
+        detector = instantiate(detector)
         _check_classes(detector.num_classes, num_classes)
         self.detector = detector
         self.detector.backbone = nn.Identity()
@@ -49,7 +52,7 @@ class DenseCoHead(nn.Module):
         )
         losses = self.detector.forward_training(images, maps, self.detector.head(maps), instances)
         anchors = self.detector.anchor_generator(maps)
-        labels, boxes = self.detector.label_anchors(anchors, instances)
+        labels, boxes = self.detector.label_anchors(anchors, instances)  # as the losses did
         joined = Boxes.cat(anchors).tensor
         tokens = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
         num_classes = self.detector.num_classes
@@ -74,6 +77,7 @@ class ROICoHead(nn.Module):
 
     Args:
         embed_dim, num_classes, strides: of the maps; the parts have to be made for them.
+        proposal_generator, roi_heads: modules, or configs of them.
         names: what the parts call the maps, finest first, such as ["p2", ..., "p7"].
     """
 
@@ -87,6 +91,7 @@ class ROICoHead(nn.Module):
         names: Sequence[str],
     ):
         super().__init__()
+        proposal_generator, roi_heads = instantiate(proposal_generator), instantiate(roi_heads)
         _check_classes(roi_heads.num_classes, num_classes)
         if len(names) != len(strides):
             raise ValueError(f"{len(strides)} maps have the names {list(names)}")

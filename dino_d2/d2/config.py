@@ -23,16 +23,19 @@ _DEFORMABLE = {**_COMMON, "IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS":
 _YACS = {
     "DINO": {**_DEFORMABLE, "NUM_QUERIES": 900, "DENOISING": "cdn", "DENOISING_QUERIES": 200},
     "CO_DETR": {  # SOFT_NMS is its threshold, 0 for none
-        "BASE": "dino",
+        "BASE": "dino",  # or "deformable_detr", with SOFT_NMS 0
         "CO_HEADS": ["faster_rcnn", "atss"],
+        "CO_HEAD_WEIGHT": 2.0,
+        "QUERY_WEIGHT": 1.0,
         "NUM_CLASSES": 80,
-        "NUM_QUERIES": 900,
-        "NUM_DETECTIONS": 300,
+        "NUM_QUERIES": None,  # as published for the base, like the next two
+        "NUM_DETECTIONS": None,
+        "NUM_LEVELS": None,
         "IN_FEATURES": ["res2", "res3", "res4", "res5"],
-        "NUM_LEVELS": 5,
         "ENCODER_LAYERS": 6,
         "DECODER_LAYERS": 6,
         "SOFT_NMS": 0.8,
+        "DETECT_BY": "",
     },
     "DN_DETR": {**_DENSE, "NUM_DETECTIONS": None, "DEFORMABLE": False, "DENOISING_GROUPS": 5},
     "DAB_DETR": _DENSE,
@@ -56,6 +59,7 @@ _TARGETS = (
     "dino_d2.d2.",
     "dino_d2.losses.",
     "dino_d2.models.",
+    "dino_d2.postprocess.",
     "fvcore.common.param_scheduler.",
     "torch.nn.",
     "torch.optim.",

@@ -81,9 +81,9 @@ class DetrMetaArch(nn.Module):
         is an argument of its builder.
         """
         settings = {name.lower(): value for name, value in cfg.MODEL[cls.yacs_name].items()}
-        published = 100 if settings.get("deformable") else 300
-        num_detections = settings.pop("num_detections") or published
-        soft_nms = settings.pop("soft_nms", 0)
+        few = settings.get("deformable") or settings.get("base") == "deformable_detr"
+        num_detections = settings.pop("num_detections") or (100 if few else 300)
+        soft_nms, detect_by = settings.pop("soft_nms", 0), settings.pop("detect_by", "")
         settings = {name: None if value == "" else value for name, value in settings.items()}
         return {
             "detector": cls.build(backbone=build_backbone(cfg), **settings),
@@ -92,6 +92,7 @@ class DetrMetaArch(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "num_detections": num_detections,
             "suppression": Suppression("soft_nms", soft_nms) if soft_nms else None,
+            "detect_by": detect_by,
             "vis_period": cfg.VIS_PERIOD,
         }
 
@@ -240,19 +241,36 @@ class DeformableDETR(DetrMetaArch):
 def _build_co_detr(
     backbone: nn.Module,
     base: str,
+    co_heads: Sequence[str],
+    co_head_weight: float,
+    query_weight: float,
     in_features: Sequence[str],
     num_classes: int,
-    num_levels: int,
-    num_queries: int,
+    num_levels: int | None,
+    num_queries: int | None,
     encoder_layers: int,
     decoder_layers: int,
-    co_heads: Sequence[str],
 ) -> DETR:
-    bases = {"dino": build_co_dino_base, "deformable_detr": build_co_deformable_base}
+    """From the keys of MODEL.CO_DETR."""
+    bases = {
+        "dino": (build_co_dino_base, 5, 900),
+        "deformable_detr": (build_co_deformable_base, 4, 300),
+    }
     if base not in bases:
         raise ValueError(f"MODEL.CO_DETR.BASE must be in {list(bases)}, not {base!r}")
-    settings = (in_features, num_classes, num_levels, num_queries, encoder_layers, decoder_layers)
-    return build_co_detr(bases[base](backbone, *settings), co_heads)
+    build, levels, queries = bases[base]
+    detector = build(
+        backbone,
+        in_features,
+        num_classes,
+        num_levels or levels,
+        num_queries or queries,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+    )
+    return build_co_detr(
+        detector, co_heads, co_head_weight=co_head_weight, query_weight=query_weight
+    )
 
 
 @META_ARCH_REGISTRY.register()

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..co_heads import CO_HEADS, CoHead, CoHeads, MemoryPyramid, PositiveQueries, adapted_strides
 from ..losses import Criterion, FederatedClasses, HungarianMatcher
-from ..transformer import GivenPositions
+from ..transformer import GivenPositions, ReferencePointQueries
 from .deformable_detr import EPS, build_deformable_detr
 from .detr import DETR
 from .dino import build_dino
@@ -46,7 +46,7 @@ def build_co_detr(
         num_classes: those of the base, so that configs name them where those of other detectors do.
 
     Raises:
-        ValueError: the base has another number of classes.
+        ValueError: the base has another number of classes, or starts from points with `one_pass`.
         ValueError: no co-head of such a name, or options it does not take.
     """
     if num_classes not in (None, base.num_classes):
@@ -56,6 +56,8 @@ def build_co_detr(
     co_heads = {name: options for name, options in co_heads.items() if options is not None}
     if not co_heads:
         return base
+    if one_pass and isinstance(base.query_source, ReferencePointQueries):
+        raise ValueError("one_pass needs queries with boxes: this detector starts from points")
     weights = dict(co_head_weights or {})
     unknown = [name for name in weights if name not in co_heads]
     if unknown:

@@ -42,7 +42,7 @@ def literal_losses(head, maps, given):
     anchors = torch.cat(levels)
     positives = sum_class = sum_giou = sum_weight = sum_centerness = 0
     for image, (size, of_image) in enumerate(zip(SIZES, given, strict=True)):
-        matched = head._match(levels, head.anchors.inside(maps, size), of_image.boxes)
+        matched = head._match(anchors, head.anchors.inside(maps, size), of_image.boxes)
         positives += max(int((matched >= 0).sum()), 1)
         for a, t in enumerate(matched.tolist()):
             if t == IGNORED:

@@ -169,3 +169,21 @@ def test_in_a_detector():
         losses = model.train()(*tiny_batch(dtype=torch.float32), targets)
     assert "loss_cls_detectron2_dense" in losses
     assert "loss_class_detectron2_dense_queries" in losses
+
+
+def test_from_a_lazy_config():
+    """Configs do not build what is inside of `co_heads`; the head does."""
+    from detectron2.config import LazyCall as L
+    from detectron2.config import instantiate
+    from tiny import SETTINGS, StubBackbone
+
+    from dino_d2.models import build_co_detr, build_dino
+
+    settings = {**SETTINGS, "num_classes": CLASSES}
+    model = instantiate(
+        L(build_co_detr)(
+            base=L(build_dino)(backbone=L(StubBackbone)(), **settings),
+            co_heads={"detectron2_dense": {"detector": L(retinanet)()}},
+        )
+    )
+    assert type(model.co_heads.heads["detectron2_dense"].detector).__name__ == "RetinaNet"

@@ -17,7 +17,11 @@ from jobs import Job
 from shapes_run import make_data
 from torch import nn
 
-pytestmark = [pytest.mark.detectron2, pytest.mark.faults]
+pytestmark = [  # a forked process must not wait for threads that it has not
+    pytest.mark.detectron2,
+    pytest.mark.faults,
+    pytest.mark.usefixtures("one_thread"),
+]
 
 FULL = os.environ.get("FAULTS") == "full"
 only_full = pytest.mark.skipif(not FULL, reason="one of `make test-faults`")
@@ -70,7 +74,10 @@ def killed_saver(folder, mode, seconds):
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        save_without_end(folder, mode, writing)
+        try:
+            save_without_end(folder, mode, writing)
+        finally:
+            os._exit(1)
     os.close(writing)
     os.read(reading, 1)  # the first is there
     time.sleep(seconds)

@@ -100,8 +100,14 @@ def test_keys_of_co_detr():
     model = build("CoDETR", CO_HEADS=["fcos"], SOFT_NMS=0)
     assert list(model.detector.co_heads.heads) == ["fcos"]
     assert model.suppression is None
-    levels = {"IN_FEATURES": ["res3", "res4", "res5"], "NUM_LEVELS": 4}
-    detector = build("CoDETR", BASE="deformable_detr", CO_HEADS=[], **levels).detector
+    model = build("CoDETR", NUM_DETECTIONS=None, CO_HEAD_WEIGHT=0.5, DETECT_BY="atss")
+    assert (model.num_detections, model.detect_by) == (300, "atss")
+    assert model.detector.co_heads.weights["atss"] == 0.5 * 2
+    keys = {"IN_FEATURES": ["res3", "res4", "res5"], "NUM_DETECTIONS": None, "CO_HEADS": []}
+    model = build("CoDETR", BASE="deformable_detr", NUM_QUERIES=None, **keys)
+    detector = model.detector
+    assert (model.num_detections, detector.query_source.num_queries) == (100, 300)
+    assert len(detector.neck.projections) == 4
     assert detector.co_heads is None
     assert type(detector.query_source).__name__ == "TwoStageQueries"
     with pytest.raises(ValueError, match=r"MODEL.CO_DETR.BASE must be in .*'deformable_detr'"):

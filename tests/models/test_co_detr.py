@@ -194,6 +194,14 @@ def test_published_bases():
         assert model.neck.projections[0][0].bias is None
 
 
+def test_a_detector_that_starts_from_points():
+    base = tiny_detector("deformable_detr")
+    with pytest.raises(ValueError, match="starts from points"):
+        build_co_detr(base, ["atss"], one_pass=True)
+    losses = losses_of(build_co_detr(base, ["atss"]).double())
+    assert all(loss.isfinite() for loss in losses.values())
+
+
 def test_strides_of_the_heads():
     """The stub has strides 8 and 16; the third level and the heads' own follow."""
     model = tiny_detector("co_dino")

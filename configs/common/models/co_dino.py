@@ -12,6 +12,16 @@ from dino_d2.postprocess import Suppression
 from .dino_r50 import IMAGENET, r50
 from .swin import LARGE_384, swin_large_384
 
+# What starts afresh for other classes.
+CLASS_WEIGHTS = [
+    "*heads.class_heads.*",
+    "*query_source.class_head.*",
+    "*denoising.label_embed.*",
+    "*faster_rcnn.class_head.*",
+    "*faster_rcnn.box_head.*",
+    "*atss.towers.class_head.*",
+]
+
 model = L(CoDETR)(
     detector=L(build_co_detr)(
         base=L(build_co_dino_base)(

@@ -1,13 +1,15 @@
 """Co-DINO, ResNet-50, 5 scales, LVIS v1, 12 epochs."""
 
-from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader, federated
+from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader
+from ....configs.common.data.lvis_detr import federated as _federated
 from ....configs.common.models.co_dino import IMAGENET, model
 from ....configs.common.optim import optimizer
 from ....configs.common.schedule import lr_12ep as lr_multiplier
 from ....configs.common.train import train
 
+dataloader.evaluator.unsuppressed = True
 model.detector.num_classes = LVIS_CLASSES
-model.detector.base.federated = federated
+model.detector.base.federated = _federated
 train.init_backbone = IMAGENET
 optimizer.lr = 2e-4
 train.max_iter = 12 * LVIS_EPOCH

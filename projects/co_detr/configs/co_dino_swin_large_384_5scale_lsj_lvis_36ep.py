@@ -1,7 +1,8 @@
 """Co-DINO, Swin-L (384), 5 scales, LVIS v1, 36 epochs, large-scale jitter."""
 
 from ....configs.common.data.lsj import with_jitter
-from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader, federated
+from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader
+from ....configs.common.data.lvis_detr import federated as _federated
 from ....configs.common.models.co_dino import LARGE_384
 from ....configs.common.models.co_dino import swin_large as model
 from ....configs.common.optim import optimizer
@@ -9,8 +10,9 @@ from ....configs.common.schedule import lr_36ep as lr_multiplier
 from ....configs.common.train import train
 
 with_jitter(dataloader, 1280)
+dataloader.evaluator.unsuppressed = True
 model.detector.num_classes = LVIS_CLASSES
-model.detector.base.federated = federated
+model.detector.base.federated = _federated
 train.init_backbone = LARGE_384
 optimizer.lr = 2e-4
 train.max_iter = 36 * LVIS_EPOCH

@@ -6,6 +6,7 @@ from dino_d2.d2.solver import LayerDecayLR
 
 from ....configs.common.coco_12ep import dataloader, optimizer, train
 from ....configs.common.data.coco_detr import with_large_images
+from ....configs.common.models.co_dino import CLASS_WEIGHTS as _CLASS_WEIGHTS
 from ....configs.common.models.co_dino import vit_large as model
 from ....configs.common.schedule import lr_12ep_vit as lr_multiplier
 
@@ -16,5 +17,5 @@ optimizer.weight_decay = 0.01
 optimizer.params.lr_factor_func = L(LayerDecayLR)(decay=0.8, num_layers=24)
 optimizer.params.overrides = {"pos_embed": {"weight_decay": 0.0}}
 optimizer.params.weight_decay_norm = optimizer.params.weight_decay_bias = 0.0
-train.init_skip = ["*class_head*", "denoising.label_embed.*"]  # Objects365 has other classes
+train.init_skip = _CLASS_WEIGHTS  # Objects365 has other classes
 train.output_dir = "./output/co_dino_vit_large_5scale_o365_12ep"

@@ -1,22 +1,26 @@
 """Co-DINO, ViT-L (EVA-02), from Objects365, LVIS v1, 16 epochs; give `train.init_checkpoint`."""
 
 from ....configs.common.data.lsj import with_jitter
-from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader, federated
+from ....configs.common.data.lvis_detr import LVIS_CLASSES, LVIS_EPOCH, dataloader
+from ....configs.common.data.lvis_detr import federated as _federated
+from ....configs.common.models.co_dino import CLASS_WEIGHTS as _CLASS_WEIGHTS
 from ....configs.common.models.co_dino import vit_large as model
 from ....configs.common.optim import optimizer
 from ....configs.common.schedule import lr_16ep_vit as lr_multiplier
 from ....configs.common.train import train
 
 with_jitter(dataloader, 1536)
+dataloader.evaluator.max_detections = 1000
+dataloader.evaluator.unsuppressed = True
 model.detector.num_classes = LVIS_CLASSES
-model.detector.base.federated = federated
+model.detector.base.federated = _federated
 model.detector.base.num_queries = 900
 model.detector.co_heads.faster_rcnn = {}
-backbone = model.detector.base.backbone
-backbone.window_size, backbone.drop_path = 16, 0.3
-backbone.global_blocks = [2, 5, 8, 11, 14, 17, 20, 23]
+_backbone = model.detector.base.backbone
+_backbone.window_size, _backbone.drop_path = 16, 0.3
+_backbone.global_blocks = [2, 5, 8, 11, 14, 17, 20, 23]
 optimizer.weight_decay = 0.05
-train.init_skip = ["*class_head*", "denoising.label_embed.*"]  # Objects365 has other classes
+train.init_skip = _CLASS_WEIGHTS  # Objects365 has other classes
 optimizer.lr = 5e-5
 train.max_iter = 16 * LVIS_EPOCH
 train.eval_period = train.checkpointer.period = LVIS_EPOCH
