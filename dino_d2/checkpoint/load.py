@@ -149,7 +149,11 @@ def check_names(
         "unexpected": unexpected,
         "of another shape": misshapen,
         "not floating-point numbers": integers,
-        "not finite": [name for name in both if not weights[name].isfinite().all()],
+        "not finite": [
+            name
+            for name in both
+            if not weights[name].is_meta and not weights[name].isfinite().all()
+        ],
     }
     lines = [
         f"{len(names)} {kind}:\n" + "\n".join(f"  {name}" for name in names)

@@ -50,8 +50,8 @@ class Pairs(Dataset):
 
 
 def load_pairs(names: str | Sequence[str], filter_empty: bool = False) -> Pairs:
-    """`load_datasets` for training with copy-paste."""
-    return Pairs(load_datasets(names, filter_empty))
+    """`load_datasets`, with masks, for training with copy-paste."""
+    return Pairs(load_datasets(names, filter_empty, masks=True))
 
 
 class JitterMapper(DatasetMapper):

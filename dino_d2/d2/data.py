@@ -71,17 +71,20 @@ def register_coco(name: str, json: str, images: str, **metadata) -> None:
     )
 
 
-def load_datasets(names: str | Sequence[str], filter_empty: bool = False) -> list[dict]:
+def load_datasets(
+    names: str | Sequence[str], filter_empty: bool = False, masks: bool = False
+) -> list[dict]:
     """Detectron2's dicts of one or more data sets, given as `register_if_file` takes them.
 
     Everything is checked; what is dropped or converted is logged. Images without objects stay by
-    default: they are part of DETR's training. Masks and keypoints of a json are left out.
+    default: they are part of DETR's training. A json's keypoints are left out, and its masks unless
+    asked for.
 
     Raises:
         DataError: data cannot be used; the message names file, image and annotation ids, and field.
     """
     names = [register_if_file(name) for name in ([names] if isinstance(names, str) else names)]
-    sources = [source for name in names for source in _load(name)]
+    sources = [source for name in names for source in _load(name, masks)]
     check_metadata_consistency("thing_classes", names)
     if filter_empty:
         sources = filter_images_with_only_crowd_annotations(sources)
@@ -216,19 +219,19 @@ def class_names(given: str, loader: DictConfig) -> ClassNames:
     return ClassNames(read_class_names(given), MetadataCatalog.get(name).thing_classes)
 
 
-def _load(name: str) -> list[dict]:
+def _load(name: str, masks: bool) -> list[dict]:
     """The checked dicts of one registered data set."""
     if _has_coco_json(name):
-        return _load_coco(name)
+        return _load_coco(name, masks)
     sources = DatasetCatalog.get(name)
     annotated = bool(sources) and "annotations" in sources[0]
     return _check_dicts(name, sources) if annotated else sources
 
 
-def _load_coco(name: str) -> list[dict]:
+def _load_coco(name: str, masks: bool) -> list[dict]:
     checked = _load_checked(name)
     _log(checked.findings)
-    return to_dicts(checked)
+    return to_dicts(checked, masks)
 
 
 def _has_coco_json(name: str) -> bool:
@@ -257,8 +260,11 @@ def _load_checked(name: str) -> Checked:
     return checked
 
 
-def to_dicts(checked: Checked) -> list[dict]:
-    """Detectron2's dicts of a checked data set, in the order of the image ids."""
+def to_dicts(checked: Checked, masks: bool = False) -> list[dict]:
+    """Detectron2's dicts of a checked data set, in the order of the image ids, on request with the
+    masks that there are.
+    """
+    names = ("iscrowd", "bbox", "segmentation") if masks else ("iscrowd", "bbox")
     numbers = {c["id"]: i for i, c in enumerate(checked.content["categories"])}
     found = {
         image["id"]: {
@@ -271,7 +277,7 @@ def to_dicts(checked: Checked) -> list[dict]:
         for image in sorted(checked.content["images"], key=lambda image: image["id"])
     }
     for entry in checked.content["annotations"]:
-        fields = {name: entry[name] for name in ("iscrowd", "bbox")}
+        fields = {name: entry[name] for name in names if name in entry}
         number = numbers[entry["category_id"]]
         fields |= {"category_id": number, "bbox_mode": BoxMode.XYWH_ABS}
         found[entry["image_id"]]["annotations"].append(fields)

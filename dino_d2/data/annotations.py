@@ -56,8 +56,8 @@ def check_annotations(content: dict, findings: Findings) -> dict:
     Returns:
         The usable entries: {"images", "annotations", "categories"}, with the fields that training
         and evaluation of boxes need. Annotations have valid boxes
-        (x, y, width, height), `iscrowd`, `area` and unique ids above 0, and no masks, which these
-        detectors do not use. Boxes may reach out of their image as in COCO itself.
+        (x, y, width, height), `iscrowd`, `area`, unique ids above 0, and their masks where they are
+        well-formed, which copy-paste uses. Boxes may reach out of their image as in COCO itself.
     """
     used = {e["category_id"] for e in content["annotations"] if _is_integer(e.get("category_id"))}
     categories = _check_categories(content["categories"], used, findings)
@@ -67,7 +67,7 @@ def check_annotations(content: dict, findings: Findings) -> dict:
     entries = _check_fields(content["annotations"], sizes, ids, findings)
     entries = _check_boxes(entries, sizes, findings)
     _check_number_of_drops(len(content["annotations"]), findings)
-    entries = _complete(entries, findings)
+    entries = _complete(entries, sizes, findings)
     _describe(images, entries, categories, findings)
     return {"images": images, "annotations": entries, "categories": categories}
 
@@ -286,7 +286,7 @@ def _check_number_of_drops(total: int, findings: Findings) -> None:
         )
 
 
-def _complete(entries: list[dict], findings: Findings) -> list[dict]:
+def _complete(entries: list[dict], sizes: dict, findings: Findings) -> list[dict]:
     """Add what evaluation needs: ids, area, iscrowd."""
     ids = [entry.get("id") for entry in entries]
     usable = all(_is_integer(number) and number > 0 for number in ids)
@@ -307,8 +307,47 @@ def _complete(entries: list[dict], findings: Findings) -> list[dict]:
         if entry.get("ignore", 0):
             findings.add("converted", "ignore: 1 becomes iscrowd: 1", _place(entry, number - 1))
         own = {"id": entry["id"] if usable else number, "area": area, "iscrowd": crowd}
+        if _is_mask(entry.get("segmentation"), *sizes[entry["image_id"]]):
+            own["segmentation"] = entry["segmentation"]
         completed.append({name: entry[name] for name in ("image_id", "category_id", "bbox")} | own)
     return completed
+
+
+def _is_mask(segmentation: object, width: int, height: int) -> bool:
+    """Polygons of at least three points about the image, or a run-length code of the image."""
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        counts = _run_lengths(counts) if isinstance(counts, str) else counts
+        whole = isinstance(counts, list) and all(_is_integer(n) and n >= 0 for n in counts)
+        return (
+            whole and segmentation.get("size") == [height, width] and sum(counts) == width * height
+        )
+    polygons = segmentation if isinstance(segmentation, list) else []
+    limit = 2 * max(width, height)
+    return bool(polygons) and all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(_is_number(value) and abs(_as_float(value)) <= limit for value in polygon)
+        for polygon in polygons
+    )
+
+
+def _run_lengths(text: str) -> list[int]:
+    """Numbers of COCO's compressed code: five bits in a character, from the third number on as the
+    difference to the last but one. pycocotools decodes it without looking where it writes.
+    """
+    counts, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        value -= (1 << shift) if bits & 16 else 0
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    return counts
 
 
 def _describe(images: list, entries: list, categories: list, findings: Findings) -> None:

@@ -77,7 +77,7 @@ def test_unknown_official_name_is_an_error(official):
 
 
 def test_unknown_source_is_an_error(official):
-    with pytest.raises(CheckpointError, match=r"'mmdetection'; known are dino, dn-detr, "):
+    with pytest.raises(CheckpointError, match=r"'mmdetection'; known are co-detr, dino, dn-detr, "):
         convert(official, "mmdetection")
 
 

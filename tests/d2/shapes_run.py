@@ -47,7 +47,10 @@ def make_config(out, data, steps, *more, name="dino/dino_shapes"):
     """The same as a config."""
     from dino_d2.d2 import apply_overrides
 
-    return apply_overrides(model_zoo.get_config(name), overrides(out, data, steps, *more))
+    chosen = overrides(out, data, steps, *more)
+    if name.startswith("co_detr/"):  # whose settings are those of the base
+        chosen = [x.replace("model.detector.", "model.detector.base.") for x in chosen]
+    return apply_overrides(model_zoo.get_config(name), chosen)
 
 
 def train_net(*arguments, check=True, **env):

@@ -232,6 +232,31 @@ def test_masks_reach_nobody(mask):
     assert findings.count("error", "dropped") == 0
 
 
+def test_run_lengths_are_pycocotools():
+    from pycocotools import mask as coco_mask
+
+    from dino_d2.data.annotations import _run_lengths
+
+    generator = np.random.default_rng(0)
+    for density in (0.0, 0.01, 0.5, 1.0):
+        mask = np.asfortranarray((generator.random((37, 53)) < density).astype(np.uint8))
+        pixels = mask.flatten(order="F")
+        changes = np.flatnonzero(np.diff(pixels)) + 1
+        expected = np.diff([0, *changes, len(pixels)]).tolist()
+        expected = [0, *expected] if pixels[0] else expected
+        assert _run_lengths(coco_mask.encode(mask)["counts"].decode()) == expected
+
+
+def test_well_formed_masks_stay():
+    image = CONTENT["images"][0]
+    size = [image["height"], image["width"]]
+    half = image["height"] * image["width"] // 2
+    rest = image["height"] * image["width"] - half
+    for mask in ([[1, 1, 5, 1, 5, 5]], {"size": size, "counts": [half, rest]}):
+        content, _ = check(changed(annotations={"segmentation": mask}))
+        assert [e["segmentation"] for e in content["annotations"] if "segmentation" in e] == [mask]
+
+
 @pytest.mark.parametrize("entries", [[], [{**CONTENT["annotations"][0], "iscrowd": 1}]])
 def test_nothing_to_detect_is_allowed_and_told(entries):
     findings = check({**CONTENT, "annotations": entries})[1]
