@@ -7,7 +7,8 @@ from dino_d2.d2 import DABDETR
 from dino_d2.losses import Criterion
 from dino_d2.models import build_dab_detr, small
 
-from ....configs.common.dense_shapes_training import dataloader, lr_multiplier, optimizer, train
+from ....configs.common.shapes_training import dataloader, learn_late, optimizer, train
+from ....configs.common.shapes_training import lr_dense as lr_multiplier
 
 model = L(DABDETR)(
     detector=L(build_dab_detr)(
@@ -17,4 +18,5 @@ model = L(DABDETR)(
         **small.SMALL_DENSE,
     )
 )
+learn_late(dataloader, optimizer, train)
 train.output_dir = "./output/dab_detr_shapes"
