@@ -26,7 +26,7 @@ def build_co_detr(
     most_queries: int = 300,
     pad_with_negatives: bool = True,
     head_embed_per_channel: bool = False,
-    one_pass: bool = False,
+    one_pass: bool | None = None,
     num_classes: int | None = None,
 ) -> DETR:
     """Put co-heads on a detector, in place, and return it.
@@ -42,7 +42,7 @@ def build_co_detr(
             of a single scale usually takes 2 and 2.
         fewest_queries, most_queries, pad_with_negatives: see `PositiveQueries`.
         head_embed_per_channel: see `PositiveQueries`.
-        one_pass: see `CoHeads`.
+        one_pass: see `CoHeads`; by default wherever queries have boxes, as it is a little faster.
         num_classes: those of the base, so that configs name them where those of other detectors do.
 
     Raises:
@@ -56,7 +56,8 @@ def build_co_detr(
     co_heads = {name: options for name, options in co_heads.items() if options is not None}
     if not co_heads:
         return base
-    if one_pass and isinstance(base.query_source, ReferencePointQueries):
+    from_points = isinstance(base.query_source, ReferencePointQueries)
+    if one_pass and from_points:
         raise ValueError("one_pass needs queries with boxes: this detector starts from points")
     weights = dict(co_head_weights or {})
     unknown = [name for name in weights if name not in co_heads]
@@ -86,7 +87,7 @@ def build_co_detr(
         },
         {name: common * weights.get(name, 1.0) for name in co_heads},
         query_weight,
-        one_pass,
+        not from_points if one_pass is None else one_pass,
     )
     return base
 

@@ -127,6 +127,7 @@ def test_weights():
     model = tiny_detector("co_dino")
     of_three = losses_of(model)
     weights = dict(model.co_heads.weights)
+    assert model.co_heads.one_pass
     assert weights == dict.fromkeys(CO_HEADS, 2.0 * SETTINGS["decoder_layers"])
     model.co_heads.weights["atss"] = 0.5 * weights["atss"]
     model.co_heads.query_weight = 3.0
@@ -198,8 +199,9 @@ def test_a_detector_that_starts_from_points():
     base = tiny_detector("deformable_detr")
     with pytest.raises(ValueError, match="starts from points"):
         build_co_detr(base, ["atss"], one_pass=True)
-    losses = losses_of(build_co_detr(base, ["atss"]).double())
-    assert all(loss.isfinite() for loss in losses.values())
+    model = build_co_detr(base, ["atss"]).double()
+    assert not model.co_heads.one_pass
+    assert all(loss.isfinite() for loss in losses_of(model).values())
 
 
 def test_strides_of_the_heads():
