@@ -13,6 +13,7 @@ train = dict(
     checkpointer=dict(period=7393, max_to_keep=5),
     eval_period=7393,
     best_metric="bbox/AP",  # its best evaluation's weights stay in model_best.pth; "" keeps none
+    ema=dict(decay=0.0),  # of an average of the weights, such as 0.9997: its AP is "ema/bbox/AP"
     instability_period=0,  # iterations between matchings of the test set; 0 never
     log_period=20,
     device="auto",  # "cuda" where there is a GPU, else "cpu"

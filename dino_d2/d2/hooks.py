@@ -4,7 +4,8 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +94,19 @@ class BestCheckpointer(HookBase):
     Args:
         checkpointer: of the model alone.
         metric: larger is better, such as "bbox/AP".
+        weights: a context in which the model has those that were evaluated.
     """
 
     NAME = "model_best"
 
-    def __init__(self, checkpointer: Checkpointer, metric: str):
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        metric: str,
+        weights: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         self.checkpointer, self.metric, self.best = checkpointer, metric, -math.inf
+        self.weights = weights
 
     def before_train(self) -> None:
         """Go on from the value in the file, if training does."""
@@ -112,7 +120,8 @@ class BestCheckpointer(HookBase):
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, None))
         if iteration == now and value > self.best:
             self.best = value
-            self.checkpointer.save(self.NAME, iteration=now, metrics={self.metric: value})
+            with self.weights():
+                self.checkpointer.save(self.NAME, iteration=now, metrics={self.metric: value})
             logger.info("Best %s so far: %.4f", self.metric, value)
 
     def after_train(self) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from detectron2.config import instantiate
@@ -18,6 +19,7 @@ from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names
+from .ema import EMAHook
 from .evaluation import CheckedEvaluator, UntilStopped
 from .hooks import BestCheckpointer, InstabilityHook, NoObjectsHook, PeriodicCheckpointer
 from .loading import no_workers_left, watch_workers
@@ -83,13 +85,17 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     )
     if cfg.train.init_classes:
         checkpointer.classes = class_names(cfg.train.init_classes, cfg.dataloader.train)
+    ema = EMAHook(parallel, cfg.train.ema.decay) if cfg.train.ema.decay else None
     results = {}
 
     def run_evaluation() -> dict:
+        if ema is not None:  # first, for files of detections are to be those of the raw weights
+            with ema.applied():
+                results.update(ema=evaluate(cfg, parallel, signals))
         results.update(evaluate(cfg, parallel, signals))
         return results
 
-    trainer.register_hooks(_hooks(cfg, parallel, checkpointer, run_evaluation))
+    trainer.register_hooks(_hooks(cfg, parallel, checkpointer, ema, run_evaluation))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     try:
         trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
@@ -97,6 +103,9 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         comm.synchronize()  # before a process ends, and its launcher all others
         raise
+    if ema is not None:
+        with ema.applied():
+            Checkpointer(parallel, cfg.train.output_dir, tag=False).save("model_final_ema")
     if comm.is_main_process():
         plot_curves(
             os.path.join(cfg.train.output_dir, "metrics.json"),
@@ -106,21 +115,25 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
 
 
 def _hooks(
-    cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, run_evaluation: Callable
+    cfg: DictConfig,
+    model: nn.Module,
+    checkpointer: Checkpointer,
+    ema: EMAHook | None,
+    run_evaluation: Callable,
 ) -> list[hooks.HookBase | None]:
     """In the order in which they run; None where this process has no part."""
     main, out = comm.is_main_process(), cfg.train.output_dir
     writers = default_writers(out, cfg.train.max_iter) if main else []
-    best = Checkpointer(model, out, tag=False)
     return [
         hooks.IterationTimer(),
         HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         NoObjectsHook(),
-        _instability_hook(cfg, model),  # before the checkpoint that holds its state
+        ema,  # this and the next before the checkpoint that holds their state
+        _instability_hook(cfg, model),
         PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
         hooks.EvalHook(cfg.train.eval_period, run_evaluation),
-        BestCheckpointer(best, cfg.train.best_metric) if main and cfg.train.best_metric else None,
+        _best_hook(cfg, model, ema) if main and cfg.train.best_metric else None,
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
     ]
 
@@ -166,6 +179,15 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     Checkpointer(model).load(cfg.train.init_checkpoint)
     with no_workers_left():
         return evaluate(cfg, model)
+
+
+def _best_hook(cfg: DictConfig, model: nn.Module, ema: EMAHook | None) -> BestCheckpointer:
+    of_average = cfg.train.best_metric.startswith("ema/")
+    if of_average and ema is None:
+        raise ValueError(f"train.best_metric={cfg.train.best_metric} needs train.ema.decay")
+    checkpointer = Checkpointer(model, cfg.train.output_dir, tag=False)
+    weights = ema.applied if of_average else nullcontext
+    return BestCheckpointer(checkpointer, cfg.train.best_metric, weights)
 
 
 def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | None:
