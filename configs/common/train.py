@@ -8,6 +8,7 @@ train = dict(
     init_backbone="",  # ImageNet weights of the backbone, where there is no init_checkpoint
     max_iter=90000,
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16"
+    accumulate=1,  # parts that a process's batch is taken in, one after the other
     clip_grad=dict(max_norm=0.1),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=7393, max_to_keep=5),

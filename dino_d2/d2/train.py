@@ -79,6 +79,7 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         cfg.train.seed if cfg.train.seed is not None and cfg.train.seed >= 0 else None,
         cfg.train.output_dir,
         signals,
+        cfg.train.accumulate,
     )
     checkpointer = Checkpointer(
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer

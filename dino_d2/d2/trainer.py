@@ -4,11 +4,13 @@ import math
 import os
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.io import replace_file
 from ..diagnostics.non_finite import record_non_finite
@@ -41,6 +43,9 @@ class Trainer(SimpleTrainer):
         seed: of all that is random; None draws one. A checkpoint keeps it.
         save_dir: where a batch goes that makes a loss or the gradient not finite; "" nowhere.
         signals: end training after the step in which one comes, in all processes.
+        accumulate: a batch is taken in so many parts of equal size, one after the other, and its
+            gradient and losses are the means over them. Each part's losses are divided by the
+            number of objects in that part.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite, in any process. The step leaves
@@ -59,6 +64,7 @@ class Trainer(SimpleTrainer):
         seed: int | None = None,
         save_dir: str = "",
         signals: StopSignals | None = None,
+        accumulate: int = 1,
     ):
         super().__init__(model, data_loader, optimizer)
         if precision not in PRECISIONS:
@@ -67,6 +73,7 @@ class Trainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "float16")
         self.seed = comm.shared_random_seed() if seed is None else seed
         self.save_dir, self.signals = save_dir, signals or StopSignals()
+        self.accumulate = accumulate
         self.phase = ""  # of the step, for who watches it
         self._stop, self._skipped = 0, 0
 
@@ -114,14 +121,22 @@ class Trainer(SimpleTrainer):
 
     def _backward(self, batch: list[dict], model: nn.Module) -> dict[str, Tensor]:
         """The gradient of a batch, and its losses."""
-        seed_all(self.seed, comm.get_rank(), self.iter, 0)  # 4 numbers: other keys than data have
+        self.optimizer.zero_grad()
+        *parts, last = split(batch, self.accumulate)
+        with without_sync(model):
+            losses = [self._backward_part(part, i, model) for i, part in enumerate(parts)]
+        losses.append(self._backward_part(last, len(parts), model))
+        return {name: sum(of_part[name] for of_part in losses) / len(losses) for name in losses[0]}
+
+    def _backward_part(self, part: list[dict], number: int, model: nn.Module) -> dict[str, Tensor]:
+        # 4 numbers: other keys than data have
+        seed_all(self.seed, comm.get_rank(), self.iter, number)
         self.phase = "forward pass"
         with autocast(self.device_type, self.precision):
-            losses = model(batch)
-        self.optimizer.zero_grad()
+            losses = model(part)
         self.phase = "backward pass"
-        self.scaler.scale(sum(losses.values())).backward()
-        return losses
+        self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _to_host(self, values: dict[str, Tensor], data_time: float) -> dict[str, float]:
         """Means over all processes, in one transfer. What is not finite in one, is not in the mean.
@@ -194,6 +209,28 @@ class Trainer(SimpleTrainer):
         scale = state_dict.get("grad_scaler")  # empty from a run of another precision
         if scale and self.scaler.is_enabled():
             self.scaler.load_state_dict(scale)
+
+
+def split(batch: list[dict], count: int) -> list[list[dict]]:
+    """A batch in parts of equal size.
+
+    Raises:
+        ValueError: it cannot be divided so.
+    """
+    if count == 1:
+        return [batch]
+    size, rest = divmod(len(batch), count)
+    if rest or not size:
+        raise ValueError(
+            f"train.accumulate={count} cannot divide the {len(batch)} images that each process has "
+            "of dataloader.train.total_batch_size"
+        )
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager:
+    """In this context, gradients stay in their process."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def plain(source: dict) -> dict:

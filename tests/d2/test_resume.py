@@ -98,8 +98,12 @@ def test_a_run_without_a_seed_keeps_the_one_it_drew(data, tmp_path):
     assert_same(out / "model_final.pth", tmp_path / "a" / "model_final.pth")
 
 
-def test_the_average_of_the_weights_resumes(data, tmp_path):
-    settings = ["train.ema.decay=0.3", "dataloader.train.sampler=" + sampler()]
+def test_averaged_weights_and_accumulated_gradients_resume(data, tmp_path):
+    settings = [
+        "train.ema.decay=0.3",
+        "train.accumulate=2",
+        "dataloader.train.sampler=" + sampler(),
+    ]
     run(tmp_path / "a", data, *settings)
     out = cut(tmp_path / "a", tmp_path / "b", 2)
     run(out, data, *settings, resume=True)
