@@ -9,6 +9,8 @@ train = dict(
     max_iter=90000,
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16"
     accumulate=1,  # parts that a process's batch is taken in, one after the other
+    recompute=False,  # activations of encoder and decoder in the backward pass, to save memory
+    compile=False,  # the layers of encoder and decoder, by `torch.compile`
     clip_grad=dict(max_norm=0.1),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
     checkpointer=dict(period=7393, max_to_keep=5),

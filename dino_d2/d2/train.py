@@ -17,6 +17,7 @@ from torch import distributed, nn
 
 from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
+from ..models import compile_layers, recompute_layers
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names
 from .ema import EMAHook
@@ -34,13 +35,17 @@ def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model on its device; "auto" is a GPU where there is one, else the CPU.
 
     `train.init_backbone` loads ImageNet weights, unless `train.init_checkpoint` names a whole
-    detector's.
+    detector's. `train.compile` and `train.recompute` say how layers run.
     """
     model = instantiate(cfg.model)
     if cfg.train.init_backbone and not cfg.train.init_checkpoint:
         path = PathManager.get_local_path(cfg.train.init_backbone)
         load_backbone(model.detector.backbone, path)
         logger.info("Backbone initialised from %s", cfg.train.init_backbone)
+    if cfg.train.compile:
+        compile_layers(model.detector)
+    if cfg.train.recompute:
+        recompute_layers(model.detector)
     device = cfg.train.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -170,7 +170,7 @@ class Trainer(SimpleTrainer):
         """Repeat the step in this process alone: where it goes wrong, and with which images."""
         model = getattr(self.model, "module", self.model)
         losses = {}
-        with record_non_finite(model) as found:
+        with record_non_finite(model) as found, torch.compiler.set_stance("force_eager"):
             try:
                 losses = self._backward(batch, model)
             except Exception as error:  # of the matcher, or out of memory
