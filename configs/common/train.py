@@ -13,6 +13,7 @@ train = dict(
     compile=False,  # the layers of encoder and decoder, by `torch.compile`
     clip_grad=dict(max_norm=0.1),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    fsdp=False,  # shard weights and optimizer over the GPUs instead of copying them to each
     checkpointer=dict(period=7393, max_to_keep=5),
     eval_period=7393,
     best_metric="bbox/AP",  # its best evaluation's weights stay in model_best.pth; "" keeps none

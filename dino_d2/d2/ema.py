@@ -8,6 +8,8 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .sharding import own_part, place
+
 
 class EMAHook(HookBase):
     """Averages the weights, and the statistics of batch norms, after every step.
@@ -39,8 +41,8 @@ class EMAHook(HookBase):
         step = self.trainer.iter + 1
         weights = self.model.state_dict()
         names = [name for name, tensor in weights.items() if tensor.is_floating_point()]
-        average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
-        average([self.average[name] for name in names], [weights[name] for name in names], None)
+        old, new = ([own_part(state[name]) for name in names] for state in (self.average, weights))
+        get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(old, new, None)
         for name in weights.keys() - set(names):
             self.average[name].copy_(weights[name])
 
@@ -56,7 +58,7 @@ class EMAHook(HookBase):
             _assign(weights, own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, for a checkpoint."""
+        """The average, for a checkpoint; sharded as the model is."""
         return self.average
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -72,4 +74,4 @@ def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _assign(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
-        tensor.copy_(values[name])
+        tensor.copy_(place(values[name], tensor))

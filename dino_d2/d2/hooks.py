@@ -17,6 +17,7 @@ from torch import nn
 from ..checkpoint.io import peek
 from ..diagnostics.instability import instability
 from .checkpoint import Checkpointer
+from .sharding import gathered
 from .trainer import autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -68,8 +69,13 @@ class InstabilityHook(HookBase):
     def _match(self) -> list[np.ndarray]:
         training = self.model.training
         self.model.eval()
+        device = self.model.device.type
         # an iterator over a data loader draws from the global generator
-        with torch.random.fork_rng(devices=()), autocast(self.model.device.type, self.precision):
+        with (
+            torch.random.fork_rng(devices=()),
+            autocast(device, self.precision),
+            gathered(self.model),
+        ):
             matched = [of_image for batch in self.loader for of_image in self.model.match(batch)]
         self.model.train(training)
         return matched

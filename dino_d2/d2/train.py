@@ -25,6 +25,7 @@ from .evaluation import CheckedEvaluator, UntilStopped
 from .hooks import BestCheckpointer, InstabilityHook, NoObjectsHook, PeriodicCheckpointer
 from .loading import no_workers_left, watch_workers
 from .ranks import HangHook
+from .sharding import gathered, is_sharded, shard, take_whole_state
 from .stopping import Stopped, StopSignals
 from .trainer import Trainer, autocast
 
@@ -68,17 +69,15 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     logger.info("Model:\n%s", model)
     loader = watch_workers(instantiate(cfg.dataloader.train), cfg.train.worker_timeout)
     check_num_classes(_dataset_names(cfg.dataloader.train), model.num_classes)
+    parallel = _parallelise(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    device = model.device
-    parallel = create_ddp_model(
-        model, device_ids=None if device.type == "cpu" else [device], **cfg.train.ddp
-    )
+    take_whole_state(optimizer)
     trainer = Trainer(
         parallel,
         loader,
         optimizer,
-        device.type,
+        model.device.type,
         _precision(cfg),
         cfg.train.clip_grad.max_norm,
         cfg.train.seed if cfg.train.seed is not None and cfg.train.seed >= 0 else None,
@@ -99,6 +98,8 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
             with ema.applied():
                 results.update(ema=evaluate(cfg, parallel, signals))
         results.update(evaluate(cfg, parallel, signals))
+        if is_sharded(parallel):  # all take part in saving, and so in judging what is best
+            results.update(comm.all_gather(results)[0])
         return results
 
     trainer.register_hooks(_hooks(cfg, parallel, checkpointer, ema, run_evaluation))
@@ -120,6 +121,16 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     return results
 
 
+def _parallelise(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    """For one process, as it is."""
+    if cfg.train.fsdp and _precision(cfg) == "float16":
+        raise ValueError("train.fsdp does not go with float16: set train.amp.dtype=bfloat16")
+    if not cfg.train.fsdp or comm.get_world_size() == 1:
+        device_ids = None if model.device.type == "cpu" else [model.device]
+        return create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp)
+    return shard(model)
+
+
 def _hooks(
     cfg: DictConfig,
     model: nn.Module,
@@ -129,6 +140,8 @@ def _hooks(
 ) -> list[hooks.HookBase | None]:
     """In the order in which they run; None where this process has no part."""
     main, out = comm.is_main_process(), cfg.train.output_dir
+    saves = main or is_sharded(model)
+    periods = cfg.train.checkpointer if main else {"period": cfg.train.checkpointer.period}
     writers = default_writers(out, cfg.train.max_iter) if main else []
     return [
         hooks.IterationTimer(),
@@ -137,9 +150,9 @@ def _hooks(
         NoObjectsHook(),
         ema,  # this and the next before the checkpoint that holds their state
         _instability_hook(cfg, model),
-        PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+        PeriodicCheckpointer(checkpointer, **periods) if saves else None,
         hooks.EvalHook(cfg.train.eval_period, run_evaluation),
-        _best_hook(cfg, model, ema) if main and cfg.train.best_metric else None,
+        _best_hook(cfg, model, ema) if saves and cfg.train.best_metric else None,
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
     ]
 
@@ -167,7 +180,7 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
     if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
-    with autocast(bare.device.type, _precision(cfg)):
+    with autocast(bare.device.type, _precision(cfg)), gathered(model):
         results = inference_on_dataset(model, UntilStopped(loader, signals), evaluator)
     print_csv_format(results)
     return results

@@ -4,19 +4,18 @@ import math
 import os
 import signal
 import time
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint.io import replace_file
 from ..diagnostics.non_finite import record_non_finite
 from ..errors import NonFiniteError
 from ..transfer import to_device
 from .loading import seed_all, start_at
+from .sharding import is_sharded, whole, without_sync
 from .stopping import Stopped, StopSignals
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -95,9 +94,8 @@ class Trainer(SimpleTrainer):
                 f"not finite in iteration {self.iter}: {error}\n{self._diagnose(batch)}"
             ) from error
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
         self.phase = "sharing metrics"
         metrics = self._to_host({**losses, "grad_norm": norm}, data_time)
         self._refuse_non_finite(metrics, batch)
@@ -167,7 +165,12 @@ class Trainer(SimpleTrainer):
         raise FloatingPointError("\n".join([what, *filter(None, reports)]))
 
     def _diagnose(self, batch: list[dict]) -> str:
-        """Repeat the step in this process alone: where it goes wrong, and with which images."""
+        """Repeat the step in this process alone: where it goes wrong, and with which images.
+
+        A sharded model cannot.
+        """
+        if is_sharded(self.model):
+            return f"Process {comm.get_rank()}{self._keep(batch)}"
         model = getattr(self.model, "module", self.model)
         losses = {}
         with record_non_finite(model) as found, torch.compiler.set_stance("force_eager"):
@@ -226,11 +229,6 @@ def split(batch: list[dict], count: int) -> list[list[dict]]:
             "of dataloader.train.total_batch_size"
         )
     return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-
-def without_sync(model: nn.Module) -> AbstractContextManager:
-    """In this context, gradients stay in their process."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def plain(source: dict) -> dict:
