@@ -7,6 +7,8 @@ train = dict(
     init_classes="",  # its classes, taken over by name: "coco", or a COCO-format json
     init_backbone="",  # ImageNet weights of the backbone, where there is no init_checkpoint
     max_iter=90000,
+    warmup=0,  # iterations in which the learning rate rises from a thousandth
+    reference_batch=0,  # batch size that rates and iterations are for, to be scaled; 0: as it is
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16"
     accumulate=1,  # parts that a process's batch is taken in, one after the other
     recompute=False,  # activations of encoder and decoder in the backward pass, to save memory

@@ -26,6 +26,7 @@ from .hooks import BestCheckpointer, InstabilityHook, NoObjectsHook, PeriodicChe
 from .loading import no_workers_left, watch_workers
 from .ranks import HangHook
 from .sharding import gathered, is_sharded, shard, take_whole_state
+from .solver import build_schedule, scale_to_batch
 from .stopping import Stopped, StopSignals
 from .trainer import Trainer, autocast
 
@@ -61,7 +62,7 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     had never stopped. SIGTERM and SIGINT end it after the current step, with a checkpoint.
     """
     with StopSignals() as signals, no_workers_left():
-        return _train(cfg, resume, signals)
+        return _train(scale_to_batch(cfg), resume, signals)
 
 
 def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
@@ -146,7 +147,7 @@ def _hooks(
     return [
         hooks.IterationTimer(),
         HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.LRScheduler(scheduler=build_schedule(cfg)),
         NoObjectsHook(),
         ema,  # this and the next before the checkpoint that holds their state
         _instability_hook(cfg, model),
