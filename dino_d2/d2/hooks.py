@@ -4,8 +4,10 @@ import itertools
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,41 @@ class BestCheckpointer(HookBase):
     def after_train(self) -> None:
         """As after a step: the last evaluation comes late."""
         self.after_step()
+
+
+class EpochHook(HookBase):
+    """Logs the mean loss, the time and the time that is left whenever all images have been used.
+
+    Args:
+        num_images: of the training set.
+        batch_size: of all processes together.
+    """
+
+    def __init__(self, num_images: int, batch_size: int):
+        self.num_images, self.batch_size = num_images, batch_size
+
+    def before_train(self) -> None:
+        """Start to count."""
+        self.start, self.losses = time.monotonic(), []
+
+    def after_step(self) -> None:
+        """Log if an epoch ends with this step, or training."""
+        step, last = self.trainer.iter + 1, self.trainer.max_iter
+        self.losses.append(self.trainer.storage.latest()["total_loss"][0])
+        before, now, total = (self._epochs(count) for count in (step - 1, step, last))
+        if int(before) == int(now) and step < last:
+            return
+        spent = time.monotonic() - self.start
+        left = spent / (step - self.trainer.start_iter) * (last - step)
+        logger.info(
+            "After %.1f of %.1f epochs: mean loss %.4f, %s spent, %s left",
+            *(now, total, np.mean(self.losses)),
+            *(timedelta(seconds=int(seconds)) for seconds in (spent, left)),
+        )
+        self.losses = []
+
+    def _epochs(self, steps: int) -> float:
+        return steps * self.batch_size / self.num_images
 
 
 class NoObjectsHook(HookBase):

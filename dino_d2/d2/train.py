@@ -22,8 +22,14 @@ from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names
 from .ema import EMAHook
 from .evaluation import CheckedEvaluator, UntilStopped
-from .hooks import BestCheckpointer, InstabilityHook, NoObjectsHook, PeriodicCheckpointer
-from .loading import no_workers_left, watch_workers
+from .hooks import (
+    BestCheckpointer,
+    EpochHook,
+    InstabilityHook,
+    NoObjectsHook,
+    PeriodicCheckpointer,
+)
+from .loading import is_ours, no_workers_left, watch_workers
 from .ranks import HangHook
 from .sharding import gathered, is_sharded, shard, take_whole_state
 from .solver import build_schedule, scale_to_batch
@@ -104,6 +110,9 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         return results
 
     trainer.register_hooks(_hooks(cfg, parallel, checkpointer, ema, run_evaluation))
+    if comm.is_main_process() and is_ours(loader):
+        batch_size = cfg.dataloader.train.total_batch_size
+        trainer.register_hooks([EpochHook(len(loader.dataset), batch_size)])
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     try:
         trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)

@@ -67,7 +67,9 @@ def test_a_run_leaves_checkpoints_logs_and_curves(trained):
     assert (
         weights(trained / "model_0000001.pth").keys() == weights(trained / "model_final.pth").keys()
     )
-    assert "Starting training from iteration 0" in (trained / "log.txt").read_text()
+    log = (trained / "log.txt").read_text()
+    assert "Starting training from iteration 0" in log
+    assert "After 1.0 of 1.0 epochs: mean loss" in log
     assert list(trained.glob("events.out.tfevents.*"))
     with Image.open(trained / "curves.png") as picture:
         assert picture.format == "PNG"
