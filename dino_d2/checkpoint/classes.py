@@ -51,10 +51,11 @@ def map_classes(
         )
     targets, sources = (list(numbers) for numbers in zip(*pairs, strict=True))
     result = dict(weights)
-    for name in weights.keys() & wanted.keys():
+    for name in sorted(weights.keys() & wanted.keys()):  # the same order in all processes
         if any(part in name for part in _OF_CLASSES):
             _check_rows(name, weights[name], len(classes.given))
-            result[name] = wanted[name].clone()
+            mine = wanted[name]
+            result[name] = getattr(mine, "full_tensor", mine.clone)()  # of a sharded model
             result[name][targets] = weights[name][sources].to(result[name])
     _report(classes, dict(pairs))
     return result

@@ -13,6 +13,7 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 
 from ..checkpoint import CheckpointError, ClassNames, load_weights
 from ..checkpoint.io import find_weights, peek, read_content, replace_file, verify
+from .sharding import gather, is_sharded
 
 logger = logging.getLogger("detectron2.dino_d2")
 
@@ -42,17 +43,22 @@ class Checkpointer(DetectionCheckpointer):
         self.run_start = time.time()  # tells runs in one directory apart
 
     def save(self, name: str, **more) -> None:
-        """Write `name`.pth with the model, all other objects and `more`.
+        """Write `name`.pth with the model, all other objects and `more`; in process 0.
+
+        All processes have to call it for a sharded model, whose file is that of a whole one.
 
         Raises:
             FloatingPointError: a weight is not finite. Nothing is written.
             CheckpointError: see `replace_file`.
         """
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_dir or not (self.save_to_disk or is_sharded(self.model)):
             return
-        content = {"model": self.model.state_dict(), "run_start": self.run_start}
+        things = {"model": self.model, **self.checkpointables}
+        content = gather({key: thing.state_dict() for key, thing in things.items()})
+        if not self.save_to_disk:
+            return
         _refuse_non_finite(content["model"])
-        content |= {key: thing.state_dict() for key, thing in self.checkpointables.items()} | more
+        content |= {"run_start": self.run_start, **more}
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         replace_file(path, lambda file: torch.save(content, file))

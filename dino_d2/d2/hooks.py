@@ -4,7 +4,10 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import nn
 from ..checkpoint.io import peek
 from ..diagnostics.instability import instability
 from .checkpoint import Checkpointer
+from .sharding import gathered
 from .trainer import autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -67,8 +71,13 @@ class InstabilityHook(HookBase):
     def _match(self) -> list[np.ndarray]:
         training = self.model.training
         self.model.eval()
+        device = self.model.device.type
         # an iterator over a data loader draws from the global generator
-        with torch.random.fork_rng(devices=()), autocast(self.model.device.type, self.precision):
+        with (
+            torch.random.fork_rng(devices=()),
+            autocast(device, self.precision),
+            gathered(self.model),
+        ):
             matched = [of_image for batch in self.loader for of_image in self.model.match(batch)]
         self.model.train(training)
         return matched
@@ -93,12 +102,19 @@ class BestCheckpointer(HookBase):
     Args:
         checkpointer: of the model alone.
         metric: larger is better, such as "bbox/AP".
+        weights: a context in which the model has those that were evaluated.
     """
 
     NAME = "model_best"
 
-    def __init__(self, checkpointer: Checkpointer, metric: str):
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        metric: str,
+        weights: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         self.checkpointer, self.metric, self.best = checkpointer, metric, -math.inf
+        self.weights = weights
 
     def before_train(self) -> None:
         """Go on from the value in the file, if training does."""
@@ -112,12 +128,48 @@ class BestCheckpointer(HookBase):
         value, iteration = self.trainer.storage.latest().get(self.metric, (math.nan, None))
         if iteration == now and value > self.best:
             self.best = value
-            self.checkpointer.save(self.NAME, iteration=now, metrics={self.metric: value})
+            with self.weights():
+                self.checkpointer.save(self.NAME, iteration=now, metrics={self.metric: value})
             logger.info("Best %s so far: %.4f", self.metric, value)
 
     def after_train(self) -> None:
         """As after a step: the last evaluation comes late."""
         self.after_step()
+
+
+class EpochHook(HookBase):
+    """Logs the mean loss, the time and the time that is left whenever all images have been used.
+
+    Args:
+        num_images: of the training set.
+        batch_size: of all processes together.
+    """
+
+    def __init__(self, num_images: int, batch_size: int):
+        self.num_images, self.batch_size = num_images, batch_size
+
+    def before_train(self) -> None:
+        """Start to count."""
+        self.start, self.losses = time.monotonic(), []
+
+    def after_step(self) -> None:
+        """Log if an epoch ends with this step, or training."""
+        step, last = self.trainer.iter + 1, self.trainer.max_iter
+        self.losses.append(self.trainer.storage.latest()["total_loss"][0])
+        before, now, total = (self._epochs(count) for count in (step - 1, step, last))
+        if int(before) == int(now) and step < last:
+            return
+        spent = time.monotonic() - self.start
+        left = spent / (step - self.trainer.start_iter) * (last - step)
+        logger.info(
+            "After %.1f of %.1f epochs: mean loss %.4f, %s spent, %s left",
+            *(now, total, np.mean(self.losses)),
+            *(timedelta(seconds=int(seconds)) for seconds in (spent, left)),
+        )
+        self.losses = []
+
+    def _epochs(self, steps: int) -> float:
+        return steps * self.batch_size / self.num_images
 
 
 class NoObjectsHook(HookBase):

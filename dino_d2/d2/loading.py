@@ -122,9 +122,13 @@ def build_train_loader(
 
 def start_at(loader: Iterable, batch: int, seed: int) -> None:
     """Let a loader of `build_train_loader` begin with a batch of that number; others stay as is."""
-    batches = getattr(loader, "batch_sampler", None)
-    if isinstance(batches, TrainingBatches):
-        batches.start, batches.seed = batch, seed
+    if is_ours(loader):
+        loader.batch_sampler.start, loader.batch_sampler.seed = batch, seed
+
+
+def is_ours(loader: Iterable) -> bool:
+    """Whether it comes from `build_train_loader`."""
+    return isinstance(getattr(loader, "batch_sampler", None), TrainingBatches)
 
 
 def watch_workers(loader: DataLoader, timeout: float) -> DataLoader:

@@ -1,6 +1,15 @@
-"""Learning rates by parameter."""
+"""Learning rates by parameter, by batch size and over time."""
 
+import copy
+import logging
+
+from detectron2.config import instantiate
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import ParamScheduler
+from omegaconf import DictConfig
+
+logger = logging.getLogger("detectron2.dino_d2")
 
 
 class BackboneLR:
@@ -43,3 +52,41 @@ class LayerDecayLR:
         """The factor for a parameter."""
         name = name.removeprefix("detector.")
         return get_vit_lr_decay_rate(name, self.decay, self.num_layers)
+
+
+def scale_to_batch(cfg: DictConfig) -> DictConfig:
+    """A config for `train.reference_batch` images per step, for the number that it has instead.
+
+    The learning rate grows in proportion to the batch; iterations and periods shrink, so that the
+    number of images stays. Unchanged where `train.reference_batch` is 0.
+    """
+    reference, batch = cfg.train.reference_batch, cfg.dataloader.train.total_batch_size
+    if not reference or reference == batch:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    cfg.optimizer.lr *= batch / reference
+    train = cfg.train
+    counts = ("max_iter", "eval_period", "instability_period", "warmup")
+    for node, name in (*((train, name) for name in counts), (train.checkpointer, "period")):
+        if node[name]:
+            node[name] = max(1, round(node[name] * reference / batch))
+    logger.info(
+        "From %d to %d images per step: learning rate %g, %d iterations",
+        *(reference, batch, cfg.optimizer.lr, train.max_iter),
+    )
+    return cfg
+
+
+def build_schedule(cfg: DictConfig) -> ParamScheduler:
+    """The config's learning rates over time, as factors; the first `train.warmup` iterations rise
+    to them linearly from a thousandth.
+
+    Raises:
+        ValueError: so many iterations are not shorter than training.
+    """
+    schedule, train = instantiate(cfg.lr_multiplier), cfg.train
+    if not train.warmup:
+        return schedule
+    if train.warmup >= train.max_iter:
+        raise ValueError(f"train.warmup={train.warmup} is not below max_iter={train.max_iter}")
+    return WarmupParamScheduler(schedule, 0.001, train.warmup / train.max_iter)

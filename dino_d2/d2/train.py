@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from detectron2.config import instantiate
@@ -16,12 +17,22 @@ from torch import distributed, nn
 
 from ..checkpoint import load_backbone
 from ..diagnostics.curves import plot_curves
+from ..models import compile_layers, recompute_layers
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names
+from .ema import EMAHook
 from .evaluation import CheckedEvaluator, UntilStopped
-from .hooks import BestCheckpointer, InstabilityHook, NoObjectsHook, PeriodicCheckpointer
-from .loading import no_workers_left, watch_workers
+from .hooks import (
+    BestCheckpointer,
+    EpochHook,
+    InstabilityHook,
+    NoObjectsHook,
+    PeriodicCheckpointer,
+)
+from .loading import is_ours, no_workers_left, watch_workers
 from .ranks import HangHook
+from .sharding import gathered, is_sharded, shard, take_whole_state
+from .solver import build_schedule, scale_to_batch
 from .stopping import Stopped, StopSignals
 from .trainer import Trainer, autocast
 
@@ -32,13 +43,17 @@ def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model on its device; "auto" is a GPU where there is one, else the CPU.
 
     `train.init_backbone` loads ImageNet weights, unless `train.init_checkpoint` names a whole
-    detector's.
+    detector's. `train.compile` and `train.recompute` say how layers run.
     """
     model = instantiate(cfg.model)
     if cfg.train.init_backbone and not cfg.train.init_checkpoint:
         path = PathManager.get_local_path(cfg.train.init_backbone)
         load_backbone(model.detector.backbone, path)
         logger.info("Backbone initialised from %s", cfg.train.init_backbone)
+    if cfg.train.compile:
+        compile_layers(model.detector)
+    if cfg.train.recompute:
+        recompute_layers(model.detector)
     device = cfg.train.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +68,7 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     had never stopped. SIGTERM and SIGINT end it after the current step, with a checkpoint.
     """
     with StopSignals() as signals, no_workers_left():
-        return _train(cfg, resume, signals)
+        return _train(scale_to_batch(cfg), resume, signals)
 
 
 def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
@@ -61,36 +76,44 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     logger.info("Model:\n%s", model)
     loader = watch_workers(instantiate(cfg.dataloader.train), cfg.train.worker_timeout)
     check_num_classes(_dataset_names(cfg.dataloader.train), model.num_classes)
+    parallel = _parallelise(cfg, model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    device = model.device
-    parallel = create_ddp_model(
-        model, device_ids=None if device.type == "cpu" else [device], **cfg.train.ddp
-    )
+    take_whole_state(optimizer)
     trainer = Trainer(
         parallel,
         loader,
         optimizer,
-        device.type,
+        model.device.type,
         _precision(cfg),
         cfg.train.clip_grad.max_norm,
         cfg.train.seed if cfg.train.seed is not None and cfg.train.seed >= 0 else None,
         cfg.train.output_dir,
         signals,
         cfg.train.worker_timeout,
+        cfg.train.accumulate,
     )
     checkpointer = Checkpointer(
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
     )
     if cfg.train.init_classes:
         checkpointer.classes = class_names(cfg.train.init_classes, cfg.dataloader.train)
+    ema = EMAHook(parallel, cfg.train.ema.decay) if cfg.train.ema.decay else None
     results = {}
 
     def run_evaluation() -> dict:
+        if ema is not None:  # first, for files of detections are to be those of the raw weights
+            with ema.applied():
+                results.update(ema=evaluate(cfg, parallel, signals))
         results.update(evaluate(cfg, parallel, signals))
+        if is_sharded(parallel):  # all take part in saving, and so in judging what is best
+            results.update(comm.all_gather(results)[0])
         return results
 
-    trainer.register_hooks(_hooks(cfg, parallel, checkpointer, run_evaluation))
+    trainer.register_hooks(_hooks(cfg, parallel, checkpointer, ema, run_evaluation))
+    if comm.is_main_process() and is_ours(loader):
+        batch_size = cfg.dataloader.train.total_batch_size
+        trainer.register_hooks([EpochHook(len(loader.dataset), batch_size)])
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     try:
         trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
@@ -98,6 +121,9 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         comm.synchronize()  # before a process ends, and its launcher all others
         raise
+    if ema is not None:
+        with ema.applied():
+            Checkpointer(parallel, cfg.train.output_dir, tag=False).save("model_final_ema")
     if comm.is_main_process():
         plot_curves(
             os.path.join(cfg.train.output_dir, "metrics.json"),
@@ -106,22 +132,38 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     return results
 
 
+def _parallelise(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    """For one process, as it is."""
+    if cfg.train.fsdp and _precision(cfg) == "float16":
+        raise ValueError("train.fsdp does not go with float16: set train.amp.dtype=bfloat16")
+    if not cfg.train.fsdp or comm.get_world_size() == 1:
+        device_ids = None if model.device.type == "cpu" else [model.device]
+        return create_ddp_model(model, device_ids=device_ids, **cfg.train.ddp)
+    return shard(model)
+
+
 def _hooks(
-    cfg: DictConfig, model: nn.Module, checkpointer: Checkpointer, run_evaluation: Callable
+    cfg: DictConfig,
+    model: nn.Module,
+    checkpointer: Checkpointer,
+    ema: EMAHook | None,
+    run_evaluation: Callable,
 ) -> list[hooks.HookBase | None]:
     """In the order in which they run; None where this process has no part."""
     main, out = comm.is_main_process(), cfg.train.output_dir
+    saves = main or is_sharded(model)
+    periods = cfg.train.checkpointer if main else {"period": cfg.train.checkpointer.period}
     writers = default_writers(out, cfg.train.max_iter) if main else []
-    best = Checkpointer(model, out, tag=False)
     return [
         hooks.IterationTimer(),
         HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.LRScheduler(scheduler=build_schedule(cfg)),
         NoObjectsHook(),
-        _instability_hook(cfg, model),  # before the checkpoint that holds its state
-        PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+        ema,  # this and the next before the checkpoint that holds their state
+        _instability_hook(cfg, model),
+        PeriodicCheckpointer(checkpointer, **periods) if saves else None,
         hooks.EvalHook(cfg.train.eval_period, run_evaluation),
-        BestCheckpointer(best, cfg.train.best_metric) if main and cfg.train.best_metric else None,
+        _best_hook(cfg, model, ema) if saves and cfg.train.best_metric else None,
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
     ]
 
@@ -149,7 +191,7 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
     if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
-    with autocast(bare.device.type, _precision(cfg)):
+    with autocast(bare.device.type, _precision(cfg)), gathered(model):
         results = inference_on_dataset(
             model, UntilStopped(loader, signals, cfg.train.worker_timeout), evaluator
         )
@@ -169,6 +211,15 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     Checkpointer(model).load(cfg.train.init_checkpoint)
     with no_workers_left():
         return evaluate(cfg, model)
+
+
+def _best_hook(cfg: DictConfig, model: nn.Module, ema: EMAHook | None) -> BestCheckpointer:
+    of_average = cfg.train.best_metric.startswith("ema/")
+    if of_average and ema is None:
+        raise ValueError(f"train.best_metric={cfg.train.best_metric} needs train.ema.decay")
+    checkpointer = Checkpointer(model, cfg.train.output_dir, tag=False)
+    weights = ema.applied if of_average else nullcontext
+    return BestCheckpointer(checkpointer, cfg.train.best_metric, weights)
 
 
 def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | None:

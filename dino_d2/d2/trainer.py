@@ -15,6 +15,7 @@ from ..diagnostics.non_finite import record_non_finite
 from ..errors import NonFiniteError
 from ..transfer import to_device
 from .loading import deadline, seed_all, start_at
+from .sharding import is_sharded, whole, without_sync
 from .stopping import Stopped, StopSignals
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,6 +43,9 @@ class Trainer(SimpleTrainer):
         save_dir: where a batch goes that makes a loss or the gradient not finite; "" nowhere.
         signals: end training after the step in which one comes, in all processes.
         data_timeout: seconds that a batch may take to come; 0 is no limit.
+        accumulate: a batch is taken in so many parts of equal size, one after the other, and its
+            gradient and losses are the means over them. Each part's losses are divided by the
+            number of objects in that part.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite, in any process. The step leaves
@@ -62,6 +66,7 @@ class Trainer(SimpleTrainer):
         save_dir: str = "",
         signals: StopSignals | None = None,
         data_timeout: float = 0,
+        accumulate: int = 1,
     ):
         super().__init__(model, data_loader, optimizer)
         if precision not in PRECISIONS:
@@ -71,6 +76,7 @@ class Trainer(SimpleTrainer):
         self.seed = comm.shared_random_seed() if seed is None else seed
         self.save_dir, self.signals = save_dir, signals or StopSignals()
         self.data_timeout = data_timeout
+        self.accumulate = accumulate
         self.phase = ""  # of the step, for who watches it
         self._stop, self._skipped = 0, 0
 
@@ -93,9 +99,8 @@ class Trainer(SimpleTrainer):
                 f"not finite in iteration {self.iter}: {error}\n{self._diagnose(batch)}"
             ) from error
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
         self.phase = "sharing metrics"
         metrics = self._to_host({**losses, "grad_norm": norm}, data_time)
         self._refuse_non_finite(metrics, batch)
@@ -119,14 +124,22 @@ class Trainer(SimpleTrainer):
 
     def _backward(self, batch: list[dict], model: nn.Module) -> dict[str, Tensor]:
         """The gradient of a batch, and its losses."""
-        seed_all(self.seed, comm.get_rank(), self.iter, 0)  # 4 numbers: other keys than data have
+        self.optimizer.zero_grad()
+        *parts, last = split(batch, self.accumulate)
+        with without_sync(model):
+            losses = [self._backward_part(part, i, model) for i, part in enumerate(parts)]
+        losses.append(self._backward_part(last, len(parts), model))
+        return {name: sum(of_part[name] for of_part in losses) / len(losses) for name in losses[0]}
+
+    def _backward_part(self, part: list[dict], number: int, model: nn.Module) -> dict[str, Tensor]:
+        # 4 numbers: other keys than data have
+        seed_all(self.seed, comm.get_rank(), self.iter, number)
         self.phase = "forward pass"
         with autocast(self.device_type, self.precision):
-            losses = model(batch)
-        self.optimizer.zero_grad()
+            losses = model(part)
         self.phase = "backward pass"
-        self.scaler.scale(sum(losses.values())).backward()
-        return losses
+        self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _to_host(self, values: dict[str, Tensor], data_time: float) -> dict[str, float]:
         """Means over all processes, in one transfer. What is not finite in one, is not in the mean.
@@ -157,10 +170,15 @@ class Trainer(SimpleTrainer):
         raise FloatingPointError("\n".join([what, *filter(None, reports)]))
 
     def _diagnose(self, batch: list[dict]) -> str:
-        """Repeat the step in this process alone: where it goes wrong, and with which images."""
+        """Repeat the step in this process alone: where it goes wrong, and with which images.
+
+        A sharded model cannot.
+        """
+        if is_sharded(self.model):
+            return f"Process {comm.get_rank()}{self._keep(batch)}"
         model = getattr(self.model, "module", self.model)
         losses = {}
-        with record_non_finite(model) as found:
+        with record_non_finite(model) as found, torch.compiler.set_stance("force_eager"):
             try:
                 losses = self._backward(batch, model)
             except Exception as error:  # of the matcher, or out of memory
@@ -199,6 +217,23 @@ class Trainer(SimpleTrainer):
         scale = state_dict.get("grad_scaler")  # empty from a run of another precision
         if scale and self.scaler.is_enabled():
             self.scaler.load_state_dict(scale)
+
+
+def split(batch: list[dict], count: int) -> list[list[dict]]:
+    """A batch in parts of equal size.
+
+    Raises:
+        ValueError: it cannot be divided so.
+    """
+    if count == 1:
+        return [batch]
+    size, rest = divmod(len(batch), count)
+    if rest or not size:
+        raise ValueError(
+            f"train.accumulate={count} cannot divide the {len(batch)} images that each process has "
+            "of dataloader.train.total_batch_size"
+        )
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def plain(source: dict) -> dict:

@@ -7,13 +7,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 _LOSSES = ("total_loss", "loss_class", "loss_bbox", "loss_giou")
-_METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75")
+_METRICS = ("bbox/AP", "bbox/AP50", "bbox/AP75", "ema/bbox/AP")
 
 
 def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
     """Draw a picture from a `metrics.json`, see `read_metrics`.
 
-    Left the total loss and the parts of the last layer, right AP, AP50 and AP75.
+    Left the total loss and the parts of the last layer, right AP, AP50 and AP75, and the AP
+    of averaged weights.
     """
     lines = read_metrics(metrics)
     figure = Figure(figsize=(11, 4))
@@ -23,7 +24,7 @@ def plot_curves(metrics: str | PathLike, out: str | PathLike) -> None:
             points = points_of(lines, name)
             if points:
                 style = "o" if len(points) == 1 else "-"  # a line of one point is invisible
-                axes.plot(*zip(*points, strict=True), style, label=name.removeprefix("bbox/"))
+                axes.plot(*zip(*points, strict=True), style, label=name.replace("bbox/", ""))
         axes.set_title(title)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)

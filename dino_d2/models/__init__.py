@@ -6,6 +6,7 @@ from .deformable_detr import build_deformable_detr
 from .detr import DETR
 from .dino import build_dino
 from .dn_detr import build_dn_detr
+from .running import compile_layers, recompute_layers, transformer_layers
 
 __all__ = [
     "DETR",
@@ -17,4 +18,7 @@ __all__ = [
     "build_deformable_detr",
     "build_dino",
     "build_dn_detr",
+    "compile_layers",
+    "recompute_layers",
+    "transformer_layers",
 ]

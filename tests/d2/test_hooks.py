@@ -1,5 +1,6 @@
 """The instability of the matching, measured while a model trains."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -169,12 +170,14 @@ def test_matching_of_detectron2s_inputs():
     assert (matched[1] == -1).all()
 
 
-def run_hook(hook, steps, start_iter=0):
+def run_hook(hook, steps, start_iter=0, max_iter=10**6):
     """Steps of (iteration, scalars); the hook's trainer is a name space."""
     from detectron2.utils.events import EventStorage
 
     storage = EventStorage()
-    hook.trainer = SimpleNamespace(iter=0, start_iter=start_iter, max_iter=10**6, storage=storage)
+    hook.trainer = SimpleNamespace(
+        iter=0, start_iter=start_iter, max_iter=max_iter, storage=storage
+    )
     hook.before_train()
     for iteration, scalars in steps:
         hook.trainer.iter = storage.iter = iteration
@@ -249,3 +252,20 @@ def test_a_run_that_resumes_keeps_no_more_checkpoints(tmp_path):
         run_hook(hook, [(i, {}) for i in iterations], start_iter=iterations[0])
     kept = {file.name for file in tmp_path.glob("model_*.pth")}
     assert kept == {"model_0000004.pth", "model_0000005.pth"}
+
+
+def test_epochs_are_logged_with_the_time_that_is_left(monkeypatch, caplog):
+    """Of 10 images in steps of 4, each of which takes 50 seconds; the run resumes in step 1."""
+    from dino_d2.d2 import hooks
+
+    clock = itertools.count(1000, 100)
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: next(clock))
+    losses = [0, 8.0, 4.0, 1.0, 2.0, 3.0]
+    with caplog.at_level("INFO", "detectron2.dino_d2"):
+        steps = [(i, {"total_loss": losses[i]}) for i in range(1, 6)]
+        run_hook(hooks.EpochHook(10, 4), steps, start_iter=1, max_iter=6)
+    assert [record.getMessage() for record in caplog.records] == [
+        "After 1.2 of 2.4 epochs: mean loss 6.0000, 0:01:40 spent, 0:02:30 left",
+        "After 2.0 of 2.4 epochs: mean loss 1.5000, 0:03:20 spent, 0:00:50 left",
+        "After 2.4 of 2.4 epochs: mean loss 3.0000, 0:05:00 spent, 0:00:00 left",
+    ]

@@ -98,6 +98,21 @@ def test_a_run_without_a_seed_keeps_the_one_it_drew(data, tmp_path):
     assert_same(out / "model_final.pth", tmp_path / "a" / "model_final.pth")
 
 
+def test_averaged_weights_and_accumulated_gradients_resume(data, tmp_path):
+    settings = [
+        "train.ema.decay=0.3",
+        "train.accumulate=2",
+        "dataloader.train.sampler=" + sampler(),
+    ]
+    run(tmp_path / "a", data, *settings)
+    out = cut(tmp_path / "a", tmp_path / "b", 2)
+    run(out, data, *settings, resume=True)
+    for name in ("model_final.pth", "model_final_ema.pth"):
+        assert_same(out / name, tmp_path / "a" / name)
+    average = load(out / "model_final.pth")["trainer"]["hooks"]["EMAHook"]
+    assert average.keys() == load(out / "model_final.pth")["model"].keys()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", ["run_step", "after_step", "evaluation"])
 def test_a_signal_saves_the_step_and_ends(whole, data, tmp_path, monkeypatch, number, place):

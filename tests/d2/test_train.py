@@ -67,7 +67,9 @@ def test_a_run_leaves_checkpoints_logs_and_curves(trained):
     assert (
         weights(trained / "model_0000001.pth").keys() == weights(trained / "model_final.pth").keys()
     )
-    assert "Starting training from iteration 0" in (trained / "log.txt").read_text()
+    log = (trained / "log.txt").read_text()
+    assert "Starting training from iteration 0" in log
+    assert "After 1.0 of 1.0 epochs: mean loss" in log
     assert list(trained.glob("events.out.tfevents.*"))
     with Image.open(trained / "curves.png") as picture:
         assert picture.format == "PNG"
@@ -130,6 +132,24 @@ def test_relatives_train(name, data, tmp_path):
     results = train(make_config(tmp_path, data, 1, name=name))
     assert "AP" in results["bbox"]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "model_final.pth").values())
+
+
+def test_layers_run_as_the_config_says(data, tmp_path, monkeypatch):
+    """Compiled (here by no more than tracing) and recomputed, with the same result."""
+    compiled, calls = torch.compile, []
+
+    def traced(function, dynamic, backend):
+        calls.append(function)
+        return compiled(function, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    for name, *settings in (("a",), ("b", "train.compile=True", "train.recompute=True")):
+        cfg = make_config(tmp_path / name, data, 1, *settings)
+        del cfg.dataloader.evaluator
+        train(cfg)
+    assert len(calls) == len(set(calls)) == 1 + 2  # layers of encoder and decoder
+    final = [weights(tmp_path / name / "model_final.pth") for name in "ab"]
+    torch.testing.assert_close(final[1], final[0])
 
 
 def test_training_works_without_an_evaluator(data, tmp_path):

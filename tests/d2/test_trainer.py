@@ -208,3 +208,60 @@ def test_a_step_has_its_own_random_numbers_whatever_was_drawn_before():
         torch.rand(5)
     assert seen[:2] == seen[2:]
     assert seen[0] != seen[1]
+
+
+class MeanSquare(Linear):
+    """Its gradient depends on the weights, its losses are means over the batch (B, 3)."""
+
+    def forward(self, batch):
+        return {"loss": ((self.weight * batch) ** 2).mean(), "ones": batch[:, 0].mean() * 0 + 1}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_accumulated_gradients_are_those_of_the_batch(precision):
+    batches = torch.randn(2, 6, 3).unbind()
+    whole = make_trainer(*batches, model=MeanSquare(), precision=precision, max_norm=0.5)
+    parts = make_trainer(
+        *batches, model=MeanSquare(), precision=precision, max_norm=0.5, accumulate=3
+    )
+    latest = train(whole, 2), train(parts, 2)
+    torch.testing.assert_close(parts.model.weight, whole.model.weight)
+    for name in ("loss", "ones", "total_loss", "grad_norm"):
+        assert latest[1][name] == (pytest.approx(latest[0][name][0], rel=1e-5), 1)
+
+
+def test_each_part_of_a_batch_draws_its_own_random_numbers():
+    class Drawing(Linear):
+        def forward(self, batch):
+            drawn.append(torch.rand(1).item())
+            return super().forward(batch)
+
+    drawn = []
+    train(make_trainer(torch.ones(2), torch.ones(2), model=Drawing(), accumulate=2), 2)
+    assert len(set(drawn)) == 4
+
+
+def test_a_batch_that_cannot_be_divided_is_an_error():
+    for size in (2, 4):
+        with pytest.raises(ValueError, match=rf"train\.accumulate=3 cannot divide the {size}"):
+            train(make_trainer(torch.ones(size), accumulate=3))
+
+
+def test_processes_share_accumulated_gradients_once(tmp_path):
+    from torch import distributed
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    def counted(state, bucket):
+        shared.append(bucket.buffer().clone())
+        return allreduce_hook(state, bucket)
+
+    shared = []
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/f", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Linear())
+        model.register_comm_hook(None, counted)
+        train(make_trainer(GRADIENT[None].repeat(4, 1), model=model, accumulate=4))
+    finally:
+        distributed.destroy_process_group()
+    assert len(shared) == 1
+    torch.testing.assert_close(shared[0], GRADIENT)

@@ -12,6 +12,7 @@ from dino_d2.diagnostics.curves import plot_curves
 from dino_d2.diagnostics.detections import draw_detections
 
 LOSSES = {"total_loss": 9.0, "loss_class": 1.0, "loss_bbox": 2.0, "loss_giou": 3.0}
+PRECISION = {"bbox/AP": 10, "bbox/AP50": 30, "bbox/AP75": 5, "ema/bbox/AP": 12}
 
 
 @pytest.fixture
@@ -60,11 +61,11 @@ def texts(axes):
 
 def test_curves_show_losses_and_precision(tmp_path, figures):
     lines = [{"iteration": i, **LOSSES} for i in range(3)]
-    plot(tmp_path, [*lines, {"iteration": 2, "bbox/AP": 10, "bbox/AP50": 30, "bbox/AP75": 5}])
+    plot(tmp_path, [*lines, {"iteration": 2, **PRECISION}])
     left, right = figures[0].axes
     assert [line.get_label() for line in left.lines] == list(LOSSES)
     assert left.lines[0].get_xydata().tolist() == [[0, 9], [1, 9], [2, 9]]
-    assert [line.get_label() for line in right.lines] == ["AP", "AP50", "AP75"]
+    assert [line.get_label() for line in right.lines] == ["AP", "AP50", "AP75", "ema/AP"]
 
 
 def test_curves_without_an_evaluation(tmp_path, figures):
