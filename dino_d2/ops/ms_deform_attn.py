@@ -448,8 +448,9 @@ def _fused_backward(ctx, grad_output):
 
 
 def _refuse_if_not_deterministic(grad_output: Tensor) -> None:
-    """On CUDA, value gradients are added with atomics."""
-    if not (grad_output.is_cuda and torch.are_deterministic_algorithms_enabled()):
+    """The CUDA kernels add with atomics; the twin's additions answer the mode themselves."""
+    uses_kernel = grad_output.is_cuda and load_native().cuda
+    if not (uses_kernel and torch.are_deterministic_algorithms_enabled()):
         return
     message = "the CUDA backward of ms_deform_attn adds with atomics and is not deterministic"
     if not torch.is_deterministic_algorithms_warn_only_enabled():

@@ -1,4 +1,4 @@
-"""10,000 random calls of a sanitized build of the operators; run by test_native_code.py.
+"""Random calls of a sanitized build of the operators; run by test_native_code.py.
 
 Usage: sanitized_calls.py LIBRARY CALLS. Exits with 0 if the sanitizers stay silent, every legal
 call equals the PyTorch twin and every illegal one is refused.
@@ -25,10 +25,10 @@ SPECIAL = [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 0.0, 1.0]
 
 
 def random_call(rng):
-    shapes = [rng.randint(1, 6) for _ in range(2 * rng.randint(0, 4))]
+    shapes = [rng.randint(1, 6) for _ in range(2 * rng.randint(0, 5))]
     tokens = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-    batch, heads, queries = rng.randint(0, 2), rng.randint(1, 3), rng.choice([0, 1, 3, tokens])
-    channels, points = rng.choice([1, 3, 4, 8, 20, 32, 37]), rng.randint(0, 5)
+    batch, heads, queries = rng.randint(0, 3), rng.randint(1, 3), rng.choice([0, 1, 3, tokens])
+    channels, points = rng.choice([1, 3, 4, 8, 20, 32, 37, 64, 80, 128]), rng.randint(0, 8)
     dtype = rng.choice(DTYPES)
     size = (batch, queries, heads, len(shapes) // 2, points)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -487,6 +488,27 @@ def test_deterministic_mode_is_answered_honestly():
     try:
         with pytest.raises(RuntimeError, match="not deterministic"):
             run("operator", *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_only_the_cuda_kernels_refuse_deterministic_mode(monkeypatch):
+    module = sys.modules["dino_d2.ops.ms_deform_attn"]
+    on_cuda, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    refuse = module._refuse_if_not_deterministic
+    monkeypatch.setattr(module, "load_native", lambda: SimpleNamespace(cuda=True))
+    refuse(on_cuda)  # the mode is off
+    try:
+        torch.use_deterministic_algorithms(True)
+        refuse(on_cpu)
+        with pytest.raises(RuntimeError, match="not deterministic"):
+            refuse(on_cuda)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="not deterministic"):
+            refuse(on_cuda)
+        torch.use_deterministic_algorithms(True)
+        monkeypatch.setattr(module, "load_native", lambda: SimpleNamespace(cuda=False))
+        refuse(on_cuda)  # plain PyTorch, which has deterministic additions
     finally:
         torch.use_deterministic_algorithms(False)
 

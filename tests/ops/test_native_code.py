@@ -25,10 +25,11 @@ def compile_cpp(sources, output, *options):
     subprocess.run([*command, *map(str, sources), "-o", str(output)], check=True)
 
 
-@compiler
-def test_ten_thousand_calls_under_sanitizers(tmp_path):
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """The operators' library with sanitizers, and the environment in which Python can load it."""
     torch_home = Path(torch.__file__).parent
-    library = tmp_path / "sanitized.so"
+    library = tmp_path_factory.mktemp("sanitized") / "operators.so"
     compile_cpp(
         sorted((OPS / "ms_deform_attn").rglob("*.cpp")),
         library,
@@ -47,10 +48,18 @@ def test_ten_thousand_calls_under_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(HERE.parents[1]),
     }
-    command = [sys.executable, str(HERE / "sanitized_calls.py"), str(library), "10000"]
+    return library, environment
+
+
+@compiler
+@pytest.mark.parametrize(("isa", "calls"), [("baseline", 2000), ("avx2", 4000), ("avx512", 4000)])
+def test_ten_thousand_calls_under_sanitizers(sanitized, isa, calls):
+    library, environment = sanitized
+    command = [sys.executable, str(HERE / "sanitized_calls.py"), str(library), str(calls)]
+    environment = {**environment, "DINO_D2_ISA": isa}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.match(r"10000 calls, \d{4} refused", result.stdout)
+    assert re.match(rf"{calls} calls, \d{{3}} refused", result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +95,46 @@ KERNELS = {  # stored type, lanes, vector: what may run them
     "bfloat16, many channels": (BFLOAT16, 8, 8),
     "bfloat16, odd channels": (BFLOAT16, 8, 1),
 }
-CHANNELS = {(FLOAT, 8, 4): 24, (FLOAT, 4, 4): 16, (BFLOAT16, 4, 8): 32, (BFLOAT16, 8, 8): 80}
+CASES = {  # points, queries (None: every token, in tiles of the maps), batch, heads, maps
+    "locations": (7, 6, 3, 2, [(1, 9), (4, 4)]),
+    "points": (1, None, 2, 3, [(1, 9), (4, 4), (2, 2), (1, 1), (2, 1)]),
+    "boxes": (8, None, 2, 2, [(1, 9), (4, 4), (3, 1)]),
+}
+CHANNELS = {  # of the three cases; of kernels that are not listed, an odd number
+    (FLOAT, 8, 4): (24, 48, 64),
+    (FLOAT, 4, 4): (4, 16, 8),
+    (BFLOAT16, 4, 8): (8, 24, 32),
+    (BFLOAT16, 8, 8): (80, 48, 80),
+}
+# Pixels of the second map, 4 x 4: just outside, on its borders, half on it.
+BORDER = np.array([(-1, 1), (1, -1), (4, 1), (1, 4), (0, 0), (3, -0.5)])
 
 
-def make_cuda_inputs(form, dtype, channels, points, queries, shapes):
-    """value, reference, offsets, logits, gradient; at least a fifth of the samples outside."""
+def make_cuda_inputs(form, dtype, channels):
+    """value, reference, offsets, logits, gradient; a fifth of the samples outside or more."""
+    points, queries, batch, heads, shapes = CASES[form]
     rng = np.random.default_rng(channels)
     tokens, levels = sum(h * w for h, w in shapes), len(shapes)
-    size = (2, queries, 3, levels, points)
-    value = rng.standard_normal((2, tokens, 3, channels))
-    reference = rng.random((2, queries, levels, {"locations": 0, "points": 2, "boxes": 4}[form]))
+    queries = queries or tokens
+    size = (batch, queries, heads, levels, points)
+    value = rng.standard_normal((batch, tokens, heads, channels))
+    reference = rng.random(
+        (batch, queries, levels, {"locations": 0, "points": 2, "boxes": 4}[form])
+    )
     offsets, logits = 3 * rng.standard_normal((*size, 2)), rng.standard_normal(size)
+    border = BORDER
     if form == "locations":
         offsets, logits = rng.random((*size, 2)) * 2 - 0.5, rng.random(size)
-        offsets[0, 1, 0, 0, :2] = [[-0.5 / 8, 0.5], [7.5 / 8, 1.0]]  # at -1, and on a column
-    gradient = rng.standard_normal((2, queries, 3 * channels))
-    arrays = [array.astype(dtype) for array in (value, reference, offsets, logits, gradient)]
-    arrays[2][0, 0, 0, 0, :3] = [[np.nan, 0.5], [np.inf, 0.5], [0.5 / 8, -3e38]]
-    arrays[0][1, 4, 1, 0] = np.inf
-    return arrays
+        border = (BORDER + 0.5) / 4
+    elif form == "boxes":  # a pixel of the second map is 8 offsets where the box is half of it
+        offsets, border = 4 * offsets, 8 * BORDER
+        reference[0, :, 1, 2:] = 0.5
+    reference[0, :, 1, :2] = 0.5 / 4  # pixel (0, 0)
+    offsets[0, : len(border), 1, 1, 0] = border
+    offsets[0, :3, 0, 0, 0] = [[np.nan, 0.5], [np.inf, 0.5], [0.5, -3e38]]
+    gradient = rng.standard_normal((batch, queries, heads * channels))
+    value[1, 4, 1, 0] = np.inf
+    return [array.astype(dtype) for array in (value, reference, offsets, logits, gradient)]
 
 
 def cut_to_bfloat16(array):
@@ -120,15 +150,13 @@ def loop(form, shapes, value, reference, offsets, logits, gradient):
 
 @compiler
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    ("form", "points", "queries"), [("locations", 7, 5), ("points", 4, 21), ("boxes", 9, 21)]
-)
-def test_cuda_kernels_on_the_host(emulated, points, queries, kernel, form):
+@pytest.mark.parametrize("form", CASES)
+def test_cuda_kernels_on_the_host(emulated, kernel, form):
     """With as many queries as tokens in tiles of the maps, which reach over their ends."""
-    kernel, shapes = KERNELS[kernel], [(1, 9), (3, 4)]
+    kernel, shapes = KERNELS[kernel], CASES[form][-1]
     dtype = np.float64 if kernel[0] == DOUBLE else np.float32
-    channels = CHANNELS.get(kernel, 19)
-    arrays = make_cuda_inputs(form, dtype, channels, points, queries, shapes)
+    channels = CHANNELS.get(kernel, (19, 19, 19))[FORMS[form]]
+    arrays = make_cuda_inputs(form, dtype, channels)
     tolerance = {FLOAT: 1e-4, DOUBLE: 1e-10, BFLOAT16: 3e-2}[kernel[0]]
     if kernel[0] == BFLOAT16:
         kept = 2 if form == "locations" else 1  # what stays in float
@@ -138,6 +166,7 @@ def test_cuda_kernels_on_the_host(emulated, points, queries, kernel, form):
         elif form == "locations":
             pytest.skip("its types are those of another case")
     expected = loop(form, shapes, *arrays)
+    assert (expected[3] == 0).all(-1).mean() > 0.2, "samples outside, whose gradient is 0"
     for seed, grid_rows in ((0, 6), (1, 2)):  # the second grid strides over images and heads
         results = emulated(kernel, FORMS[form], arrays, shapes, seed, grid_rows)
         for actual, wanted in zip(results, expected, strict=True):
