@@ -228,7 +228,7 @@ def _load(name: str, masks: bool) -> list[dict]:
     return _check_dicts(name, sources) if annotated else sources
 
 
-def _load_coco(name: str, masks: bool) -> list[dict]:
+def _load_coco(name: str, masks: bool = False) -> list[dict]:
     checked = _load_checked(name)
     _log(checked.findings)
     return to_dicts(checked, masks)

@@ -17,5 +17,6 @@ optimizer.weight_decay = 0.01
 optimizer.params.lr_factor_func = L(LayerDecayLR)(decay=0.8, num_layers=24)
 optimizer.params.overrides = {"pos_embed": {"weight_decay": 0.0}}
 optimizer.params.weight_decay_norm = optimizer.params.weight_decay_bias = 0.0
+train.ema.decay = 0.9999
 train.init_skip = _CLASS_WEIGHTS  # Objects365 has other classes
 train.output_dir = "./output/co_dino_vit_large_5scale_o365_12ep"
