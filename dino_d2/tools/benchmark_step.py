@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"one image of {args.height}x{args.width} with {args.objects} objects, {args.device}")
     for what, job in (("training step", step), ("inference", detect)):
         jobs = {name: partial(job, model) for name, model in zip(names, models, strict=True)}
-        report(what, measure(jobs, args.rounds, args.device), 1e3, "ms")
+        report(what, measure(jobs, args.rounds, args.device), 1, "ms")
     kept = {name: kept_bytes(partial(step, m)) for name, m in zip(names, models, strict=True)}
     report("kept for the backward pass", kept, 2**-20, "MiB")
 
