@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import batched_nms, roi_align
 
+from ..transfer import to_device
 from ..types import Detections
 from .assign import assign_by_iou, sample
 from .boxes import Anchors, DeltaCoder, clip, overlap_loss
@@ -108,7 +109,10 @@ class RegionProposals(nn.Module):
         per_level: int,
         per_image: int,
     ) -> Tensor:
-        """The best boxes (P, 4) of one image; logits (A_l,), deltas (A_l, 4) of every level."""
+        """The best boxes (P, 4) of one image; logits (A_l,), deltas (A_l, 4) of every level.
+
+        Without any that has a size, as where weights are not finite, the whole image is one.
+        """
         scores, boxes, numbers = [], [], []
         for number, (anchors, of_level, moves) in enumerate(
             zip(levels, logits, deltas, strict=True)
@@ -119,6 +123,8 @@ class RegionProposals(nn.Module):
             numbers.append(torch.full_like(chosen, number))
         scores, boxes, numbers = map(torch.cat, (scores, boxes, numbers))
         real = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero().squeeze(1)
+        if not len(real):
+            return to_device([[0, 0, *size]], boxes.dtype, boxes.device)
         kept = batched_nms(boxes[real], scores[real], numbers[real], self.nms_threshold)
         return boxes[real[kept[:per_image]]]
 

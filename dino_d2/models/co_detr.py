@@ -46,8 +46,8 @@ def build_co_detr(
         num_classes: those of the base, so that configs name them where those of other detectors do.
 
     Raises:
-        ValueError: the base has another number of classes, or starts from points with `one_pass`.
-        ValueError: no co-head of such a name, or options it does not take.
+        ValueError: no co-head of such a name, options it does not take, a base with another number
+            of classes, or one that starts from points with `one_pass`.
     """
     if num_classes not in (None, base.num_classes):
         raise ValueError(f"num_classes is {num_classes}, but the base has {base.num_classes}")

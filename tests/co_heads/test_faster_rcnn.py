@@ -83,3 +83,12 @@ def test_detections():
         assert (scores[:-1] >= scores[1:]).all()
         assert labels.max() < CLASSES
         assert boxes.shape == (len(scores), 4)
+
+
+def test_weights_that_are_not_finite_reach_the_losses():
+    """Who checks the losses says so; nothing fails for want of proposals before."""
+    head = make()
+    torch.nn.init.constant_(head.proposals.box_head.bias, torch.nan)
+    losses, candidates = head(make_maps(), SIZES, (NONE, ONE))
+    assert losses["rpn_bbox"].isnan()
+    assert [len(of_image.boxes) for of_image in candidates] == [1, 1]
