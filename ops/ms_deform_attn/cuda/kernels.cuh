@@ -586,8 +586,10 @@ __global__ void __launch_bounds__(kWarpSize)
         for (int k = 0; k < 4; ++k) prepared.at[k] = {k * kVectors, A(0)};
         if (item.samples >= 0 && first + point < points) {
           const int sample = level * points + first + point;
-          const A weight = outputs.softmax[item.slot].weight(problem, own.logits[sample]);
-          prepared = find_targets(problem, place(problem, own, level, sample), weight, origin);
+          const T logit = own.logits[sample];  // loaded before anything waits
+          const Softmax<A> softmax = outputs.softmax[item.slot];
+          const Placed<A> placed = place(problem, own, level, sample);
+          prepared = find_targets(problem, placed, softmax.weight(problem, logit), origin);
         }
         DINO_D2_UNROLL
         for (int k = 0; k < 4; ++k) targets[quad][k].at[point] = prepared.at[k];
