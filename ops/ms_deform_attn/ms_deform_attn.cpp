@@ -397,7 +397,8 @@ bool aggregates(const Call& call) {
   const char* wish = std::getenv("DINO_D2_CUDA_BACKWARD");
   const std::string way = wish == nullptr ? "aggregated" : wish;
   STD_TORCH_CHECK(way == "aggregated" || way == "direct",
-                  "DINO_D2_CUDA_BACKWARD must be aggregated or direct, but is ", way);
+                  "ms_deform_attn: DINO_D2_CUDA_BACKWARD must be aggregated or direct, but is ",
+                  way);
   return way == "aggregated" && can_aggregate(storage(call.value), call.problem);
 }
 
