@@ -6,6 +6,7 @@ disturbs all of them alike.
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ BATCH, HEADS, CHANNELS, POINTS = 1, 8, 32, 4
 STRIDES = (8, 16, 32, 64)
 DECODER_QUERIES = 900
 BASELINE = "grid_sample"
+CUDA_BACKWARD = "DINO_D2_CUDA_BACKWARD"  # see ops/README.md
 
 
 class Case(NamedTuple):
@@ -131,6 +133,18 @@ def forward_and_backward(function: Callable, inputs: Inputs) -> None:
     torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
+def directly(job: Callable[[], None]) -> None:
+    """With the CUDA backward that does not aggregate the gradient of value on chip."""
+    before = os.environ.get(CUDA_BACKWARD)
+    os.environ[CUDA_BACKWARD] = "direct"
+    try:
+        job()
+    finally:
+        del os.environ[CUDA_BACKWARD]
+        if before is not None:
+            os.environ[CUDA_BACKWARD] = before
+
+
 def measure(jobs: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
     """Median milliseconds of every job; jobs alternate, one round after the other."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
@@ -163,7 +177,9 @@ def benchmark_op(dtype: torch.dtype, device: str, rounds: int) -> None:
         "unfused": partial(around, ms_deform_attn),
         "fused": ms_deform_attn_fused,
     }
-    print(f"{'':38}" + "".join(f"{name:>14}" for name in functions) + f"{'ratio':>9}")
+    on_cuda = torch.device(device).type == "cuda"
+    columns = [*functions, *(["direct"] if on_cuda else [])]  # "fused" aggregates where it can
+    print(f"{'':38}" + "".join(f"{name:>14}" for name in columns) + f"{'ratio':>9}")
     for case in CASES:
         inputs = make_inputs(case)
         given = {
@@ -172,8 +188,10 @@ def benchmark_op(dtype: torch.dtype, device: str, rounds: int) -> None:
         }
         for run in (forward, forward_and_backward):
             jobs = {name: partial(run, functions[name], given[name]) for name in functions}
+            if on_cuda:
+                jobs["direct"] = partial(directly, jobs["fused"])
             median = measure(jobs, rounds, device)
-            times = "".join(f"{median[name]:11.2f} ms" for name in functions)
+            times = "".join(f"{median[name]:11.2f} ms" for name in columns)
             ratio = median[BASELINE] / median["fused"]
             label = run.__name__.replace("_", " ")
             print(f"{case.name:18}{label:>20}{times}{ratio:8.1f}x", flush=True)

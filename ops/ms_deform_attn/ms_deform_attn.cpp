@@ -392,6 +392,16 @@ Pointers pointers(const Call& call) {
           call.offsets.const_data_ptr(), call.logits.const_data_ptr()};
 }
 
+// Wherever it can be, unless DINO_D2_CUDA_BACKWARD=direct; read at every call, to compare both.
+bool aggregates(const Call& call) {
+  const char* wish = std::getenv("DINO_D2_CUDA_BACKWARD");
+  const std::string way = wish == nullptr ? "aggregated" : wish;
+  STD_TORCH_CHECK(way == "aggregated" || way == "direct",
+                  "ms_deform_attn: DINO_D2_CUDA_BACKWARD must be aggregated or direct, but is ",
+                  way);
+  return way == "aggregated" && can_aggregate(storage(call.value), call.problem);
+}
+
 void check_launch(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "ms_deform_attn: the CUDA kernel could not start: ", error);
 }
@@ -423,10 +433,14 @@ CallGradients backward_cuda(const Tensor& grad_output, const Call& given, bool w
       torch::stable::new_zeros(call.value, Sizes(reference.data(), reference.size()), wide),
       torch::stable::empty_like(call.offsets),
       torch::stable::new_empty(call.logits, call.logits.sizes(), wide)};
+  const bool aggregated = aggregates(call);
+  Tensor softmax = new_tensor(
+      call.value, {aggregated ? problem.batch * problem.queries * problem.heads : 0, 2}, wide);
   const GradientPointers outputs = {results.value.mutable_data_ptr(),
                                     with_reference ? results.reference.mutable_data_ptr() : nullptr,
                                     results.offsets.mutable_data_ptr(),
-                                    results.logits.mutable_data_ptr()};
+                                    results.logits.mutable_data_ptr(),
+                                    aggregated ? softmax.mutable_data_ptr() : nullptr};
   if (problem.batch * problem.queries * problem.heads > 0)
     check_launch(launch_backward(storage(call.value), problem, gradient.const_data_ptr(),
                                  pointers(call), outputs, current_stream(call.value)));

@@ -93,22 +93,42 @@ def test_any_number_of_levels_and_points(levels, points, dtype, device, coordina
         assert_close(actual, wanted, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_one_query_per_token(dtype, device):
-    """The encoder's case, in which kernels work on tiles of queries.
+def make_encoder_inputs(dtype, **sizes):
+    """A query per token.
 
     References and offsets are cut to a few bits, so that float32 holds every pixel exactly, and
     none is whole, where derivatives jump: on maps of this size the rounding of pixels would hide
     that of the sums.
     """
-    shapes = [(19, 23), (10, 11)]
-    sizes = {"batch": 2, "heads": 2, "channels": 32, "queries": 19 * 23 + 110, "points": 2}
-    inputs = make_inputs(2, shapes, dtype=dtype, **sizes)
+    inputs = make_inputs(2, [(19, 23), (10, 11)], dtype=dtype, queries=19 * 23 + 110, **sizes)
     inputs[2].copy_(((inputs[2] * 512).floor() + 0.5) / 512)
     inputs[3].copy_((inputs[3] * 64).round() / 64)
+    return inputs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_one_query_per_token(dtype, device):
+    """The encoder's case, in which kernels work on tiles of queries."""
+    inputs = make_encoder_inputs(dtype, batch=2, heads=2, channels=32, points=2)
     for actual, wanted in zip(run("operator", *on(device, inputs)), expect(inputs), strict=True):
         assert_close(actual, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("way", ["direct", "aggregated"])
+def test_both_ways_of_the_cuda_backward(way, monkeypatch):
+    monkeypatch.setenv("DINO_D2_CUDA_BACKWARD", way)
+    inputs = make_encoder_inputs(torch.float32, batch=1, heads=2, channels=36, points=3)
+    for actual, wanted in zip(run("operator", *on("cuda", inputs)), expect(inputs), strict=True):
+        assert_close(actual, wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.cuda
+def test_unknown_way_of_the_cuda_backward_is_an_error(monkeypatch):
+    monkeypatch.setenv("DINO_D2_CUDA_BACKWARD", "fast")
+    with pytest.raises(RuntimeError, match="must be aggregated or direct, but is fast"):
+        run("operator", *on("cuda", make_inputs(2)))
 
 
 @FORMS

@@ -68,18 +68,20 @@ def emulated(tmp_path_factory):
     # swapcontext counts as setjmp for that warning
     compile_cpp([HERE / "emulation" / "main.cpp"], program, "-Wno-clobbered")
 
-    def run(kernel, form, arrays, shapes, seed, grid_rows):
+    def run(kernel, form, arrays, shapes, seed=0, grid_rows=6, aggregates=0):
+        """Output and gradients, and how often the backward called atomicAdd."""
         value, reference, offsets, logits, gradient = arrays
         header = [*value.shape, offsets.shape[1], offsets.shape[4], len(shapes), form]
-        header += [*kernel, seed, grid_rows, *(size for shape in shapes for size in shape)]
+        header += [*kernel, seed, grid_rows, aggregates]
+        header += [size for shape in shapes for size in shape]
         data = np.array(header, np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
         answer = subprocess.run([program], input=data, capture_output=True)
         assert answer.returncode == 0, answer.stderr.decode()
-        results, flat = [], np.frombuffer(answer.stdout, value.dtype)
+        results, flat = [], np.frombuffer(answer.stdout[:-8], value.dtype)
         for like in (gradient, value, reference, offsets, logits):
             results.append(flat[: like.size].reshape(like.shape))
             flat = flat[like.size :]
-        return results
+        return results, int.from_bytes(answer.stdout[-8:], "little")
 
     return run
 
@@ -167,11 +169,75 @@ def test_cuda_kernels_on_the_host(emulated, kernel, form):
             pytest.skip("its types are those of another case")
     expected = loop(form, shapes, *arrays)
     assert (expected[3] == 0).all(-1).mean() > 0.2, "samples outside, whose gradient is 0"
-    for seed, grid_rows in ((0, 6), (1, 2)):  # the second grid strides over images and heads
-        results = emulated(kernel, FORMS[form], arrays, shapes, seed, grid_rows)
+    # The second grid strides over images and heads. What can be aggregated is, once.
+    aggregates = CASES[form][1] is None and kernel[0] != DOUBLE and channels % 4 == 0
+    for options in ((0, 6, False), (1, 2, aggregates)):
+        results, _ = emulated(kernel, FORMS[form], arrays, shapes, *options)
         for actual, wanted in zip(results, expected, strict=True):
-            scale = max(1.0, np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
-            np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance * scale)
+            assert_near(actual, wanted, tolerance)
+
+
+def assert_near(actual, wanted, tolerance):
+    """Up to a part of the largest number."""
+    scale = max(1.0, np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
+    np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+def make_encoder_inputs(shapes, points, heads, channels, spread):
+    """As `make_cuda_inputs`, for queries on maps; most samples near their query, some far away."""
+    rng = np.random.default_rng(points)
+    centres = [
+        [[(x + 0.5) / width, (y + 0.5) / height] for y in range(height) for x in range(width)]
+        for height, width in shapes
+    ]
+    reference = np.concatenate(centres)[None, :, None].repeat(len(shapes), 2)
+    tokens = reference.shape[1]
+    offsets = spread * rng.standard_cauchy((1, tokens, heads, len(shapes), points, 2))
+    offsets[0, 0, 0, 0, 0] = [np.nan, 1e38]
+    value = rng.standard_normal((1, tokens, heads, channels))
+    logits = rng.standard_normal(offsets.shape[:-1])
+    logits[0, 5, 0] = np.nan
+    gradient = rng.standard_normal((1, tokens, heads * channels))
+    arrays = (value, reference, offsets, logits, gradient)
+    return [array.astype(np.float32) for array in arrays]
+
+
+@compiler
+@pytest.mark.parametrize(("points", "channels"), [(3, 36), (5, 8)])
+def test_aggregated_gradient_of_value(emulated, points, channels):
+    """Windows in the middle and at the borders of maps, wider than the map, and missed."""
+    shapes, kernel = [(9, 26), (3, 15), (1, 1)], (FLOAT, 8 if channels > 16 else 4, 4)
+    arrays = make_encoder_inputs(shapes, points, 2, channels, spread=2.0)
+    direct, additions = emulated(kernel, FORMS["points"], arrays, shapes)
+    aggregated, fewer = emulated(kernel, FORMS["points"], arrays, shapes, aggregates=1)
+    assert fewer < 0.6 * additions
+    assert 0 < np.isnan(direct[1]).mean() < 1
+    for actual, wanted in zip(aggregated, direct, strict=True):
+        assert_near(actual, wanted, 1e-5)
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("far", "rows", "beside"),
+    [(3.5, 3, 0), (11.5, 3, 1), (14.5, 2, 2), (39.5, 0, 7)],
+    ids=["hit", "straddled", "one of four missed", "missed"],
+)
+def test_window_of_the_aggregation(emulated, far, rows, beside):
+    """Three points lie at pixel 2.5 of a line, one at `far`; the window's 12 rows begin 5 before
+    the mean of the first corners. Rows of the window are added to memory once per tile and head,
+    those beside it once per query.
+    """
+    heads, channels, shapes = 2, 8, [(1, 40)]
+    locations = np.full((1, 40, heads, 1, 4, 2), 0.5)
+    locations[..., 0] = 3 / 40
+    locations[..., 3, 0] = (far + 0.5) / 40
+    rng = np.random.default_rng(0)
+    value, gradient = rng.random((1, 40, heads, channels)), rng.random((1, 40, heads * channels))
+    reference, weights = np.zeros((1, 40, 1, 0)), rng.random(locations.shape[:-1])
+    arrays = [a.astype(np.float32) for a in (value, reference, locations, weights, gradient)]
+    results, additions = emulated((FLOAT, 4, 4), FORMS["locations"], arrays, shapes, aggregates=1)
+    assert additions == heads * channels * (40 // 8 * rows + 40 * beside)
+    assert_near(results[1], loop("locations", shapes, *arrays)[1], 1e-5)
 
 
 VALUE_REDUCTIONS = (r"RED\w*\.E\.ADD\.F32x4", r"(?:RED|ATOM)\w*\.E\.ADD\.F32\.")
@@ -198,9 +264,13 @@ def test_cuda_sources_compile_without_spills(architecture, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
-    assert len(stacks) == 32, "forward and backward in 16 combinations of types and lanes"
+    assert len(stacks) == 37, "16 combinations of types and lanes, 5 of types to aggregate"
     assert set(stacks) == {("0", "0")}
-    assert max(map(int, re.findall(r"Used (\d+) registers", result.stderr))) <= 80
+    registers = re.findall(
+        r"Function properties for (\S+).*?Used (\d+) registers", result.stderr, re.S
+    )
+    for name, count in registers:  # the window of an aggregating warp leaves room for twice as many
+        assert int(count) <= (96 if "aggregate" in name else 80)
     disassembler = find_disassembler()
     if disassembler is None:
         pytest.skip("compiled without spills; there is no cuobjdump to look further")
@@ -210,12 +280,19 @@ def test_cuda_sources_compile_without_spills(architecture, tmp_path):
 def check_instructions(disassembler, binary, architecture):
     """Wide loads of value, vector reductions where there are any, and short kernels."""
     listing = subprocess.run([disassembler, "-sass", binary], capture_output=True, text=True).stdout
-    kernels = {}
+    kernels, aggregate = {}, []
     for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", listing, re.S):
         # ...kernelI<types>Li<lanes>ELi<vector>EE...
         kind = re.search(r"(forward|backward)_kernelI(\w+?)Li(\d)ELi(\d)EE", name)
-        kernels[kind.groups()] = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.M)
+        instructions = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", body, re.M)
+        if kind:
+            kernels[kind.groups()] = [text for _, text in instructions]
+        else:
+            aggregate.append({int(address, 16): text for address, text in instructions})
     assert len(kernels) == 32
+    assert len(aggregate) == 5
+    for instructions in aggregate:
+        check_aggregation(instructions, architecture)
     for (direction, _, _, vector), instructions in kernels.items():
         text = "\n".join(instructions)
         if vector == "1":
@@ -229,3 +306,21 @@ def check_instructions(disassembler, binary, architecture):
             else:
                 assert vectors == 0
                 assert scalars >= 4 * int(vector)
+
+
+def check_aggregation(instructions, architecture):
+    """Four points per turn of the inner loop; no atomics in shared memory; vectors to memory."""
+    text = "\n".join(instructions.values())
+    assert "ATOMS" not in text
+    vectors, scalars = (len(re.findall(p, text)) for p in VALUE_REDUCTIONS)
+    assert (vectors > 0, scalars > 0) == ((True, False) if architecture >= 90 else (False, True))
+    loops = []
+    for end, text in instructions.items():
+        jump = re.search(r"BRA.*\b0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < end:
+            body = [text for at, text in instructions.items() if int(jump[1], 16) <= at <= end]
+            loops.append("\n".join(body))
+    adding = min((loop for loop in loops if "FFMA" in loop and "STS.128" in loop), key=len)
+    assert len(re.findall("FFMA", adding)) == 16
+    assert len(re.findall(r"STS\.128", adding)) == 4
+    assert adding.count("\n") < 4 * 40  # the reductions beside the window among them

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -28,3 +30,13 @@ def test_jobs_alternate():
     medians = benchmark.measure(jobs, 3, "cpu")
     assert calls == list("abababab")  # the first round is not measured
     assert set(medians) == {"a", "b"}
+
+
+def test_direct_backward_is_chosen_for_one_job(monkeypatch):
+    monkeypatch.setenv(benchmark.CUDA_BACKWARD, "aggregated")
+    seen = []
+    benchmark.directly(lambda: seen.append(os.environ[benchmark.CUDA_BACKWARD]))
+    assert (seen, os.environ[benchmark.CUDA_BACKWARD]) == (["direct"], "aggregated")
+    monkeypatch.delenv(benchmark.CUDA_BACKWARD)
+    benchmark.directly(lambda: None)
+    assert benchmark.CUDA_BACKWARD not in os.environ

@@ -36,10 +36,24 @@ struct Launch {
     const cuda::Schedule schedule = cuda::make_schedule(problem);
     const cuda::Outputs<A, O> results = {
         static_cast<A*>(outputs.value), static_cast<A*>(outputs.reference),
-        static_cast<O*>(outputs.offsets), static_cast<A*>(outputs.logits)};
+        static_cast<O*>(outputs.offsets), static_cast<A*>(outputs.logits),
+        static_cast<cuda::Softmax<A>*>(outputs.softmax)};
+    const T* gradient = static_cast<const T*>(grad_output);
     cuda::backward_kernel<T, A, O, kLanes, kVector>
-        <<<grid(problem, schedule), cuda::kThreads, 0, stream>>>(
-            problem, schedule, static_cast<const T*>(grad_output), typed(inputs), results);
+        <<<grid(problem, schedule), cuda::kThreads, 0, stream>>>(problem, schedule, gradient,
+                                                                 typed(inputs), results);
+    if constexpr (sizeof(A) == sizeof(float))
+      if (outputs.softmax != nullptr) {
+        const auto aggregate = cuda::aggregate_kernel<T, A, O>;
+        // A hint: as many windows as fit, for the kernel reads little that a cache would keep.
+        cudaFuncSetAttribute(aggregate, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
+        dim3 blocks = grid(problem, schedule);
+        blocks.x *= problem.levels.count;
+        blocks.z = static_cast<unsigned>((problem.channels - 1) / cuda::kAggregated + 1);
+        aggregate<<<blocks, cuda::kWarpSize, 0, stream>>>(problem, schedule, gradient,
+                                                          typed(inputs), results);
+      }
   }
 };
 
@@ -62,6 +76,8 @@ void choose_lanes(const Problem& problem, const Arguments&... arguments) {
 
 template <typename... Arguments>
 const char* choose_types(Storage storage, const Problem& problem, const Arguments&... arguments) {
+  if (problem.tokens * problem.heads > INT32_MAX / (problem.channels > 0 ? problem.channels : 1))
+    return "one image of value has 2**31 numbers or more";  // rows are addressed by 32 bits
   const bool fused = problem.has_softmax();
   if (storage == Storage::kFloat)
     choose_lanes<float, float, float>(problem, arguments...);
@@ -80,6 +96,12 @@ const char* choose_types(Storage storage, const Problem& problem, const Argument
 }
 
 }  // namespace
+
+bool can_aggregate(Storage storage, const Problem& problem) {
+  constexpr int64_t kMostChannels = 1024;  // far below the grid's limit
+  return storage != Storage::kDouble && problem.queries == problem.tokens && problem.points > 0 &&
+         problem.channels % 4 == 0 && 0 < problem.channels && problem.channels <= kMostChannels;
+}
 
 const char* launch_forward(Storage storage, const Problem& problem, const Pointers& inputs,
                            void* output, void* stream) {

@@ -16,7 +16,12 @@ struct Pointers {
 struct GradientPointers {
   void *value, *reference;  // start at zero; reference: nullptr where not wanted
   void *offsets, *logits;
+  void* softmax;  // workspace of 2 numbers per query and head; nullptr: do not aggregate
 };
+
+// Whether the gradient of value can be aggregated on chip: where queries are tokens, for channels
+// that 16 bytes of float divide.
+bool can_aggregate(Storage storage, const Problem& problem);
 
 // Each launches on `stream` (a cudaStream_t) and returns the launch's error text, or nullptr.
 const char* launch_forward(Storage storage, const Problem& problem, const Pointers& inputs,

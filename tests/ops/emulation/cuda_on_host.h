@@ -27,7 +27,7 @@
 #define __launch_bounds__(...)
 
 struct Index {
-  unsigned x, y = 0;
+  unsigned x, y = 0, z = 0;
 };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -51,6 +51,7 @@ inline ucontext_t scheduler;
 inline std::vector<Fiber>* fibers;
 inline std::vector<Warp>* warps;
 inline const std::function<void()>* body;
+inline int64_t additions = 0;  // calls of atomicAdd
 
 inline void yield() { swapcontext(&(*fibers)[threadIdx.x].context, &scheduler); }
 
@@ -90,8 +91,8 @@ inline void launch(Index blocks, unsigned threads, unsigned seed,
   gridDim = blocks, blockDim = {threads};
   std::vector<Fiber> block_fibers(threads);
   for (Fiber& fiber : block_fibers) fiber.stack.reset(new char[kStack]);
-  for (unsigned block = 0; block < blocks.x * blocks.y; ++block) {
-    blockIdx = {block % blocks.x, block / blocks.x};
+  for (unsigned block = 0; block < blocks.x * blocks.y * blocks.z; ++block) {
+    blockIdx = {block % blocks.x, block / blocks.x % blocks.y, block / blocks.x / blocks.y};
     std::vector<Warp> block_warps(threads / kWarp);
     fibers = &block_fibers, warps = &block_warps;
     for (Fiber& fiber : block_fibers) {
@@ -129,4 +130,5 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <typename T>
 void atomicAdd(T* address, T value) {
   *address += value;
+  ++emulation::additions;
 }

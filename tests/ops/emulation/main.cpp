@@ -1,10 +1,12 @@
 // Runs the CUDA kernels of multi-scale deformable attention on the host.
-// stdin:  13 int64 (batch, tokens, heads, channels, queries, points, levels, form, stored type as
+// stdin:  14 int64 (batch, tokens, heads, channels, queries, points, levels, form, stored type as
 // in
-//         `kernels`, lanes, vector, seed, rows of the grid),
+//         `kernels`, lanes, vector, seed, rows of the grid, whether to aggregate),
 //         (height, width) per level as int64, then value, reference, offsets, logits, grad_output
 //         in float, or in double for that type.
-// stdout: output, grad_value, grad_reference, grad_offsets, grad_logits, likewise.
+// stdout: output, grad_value, grad_reference, grad_offsets, grad_logits, likewise; then as int64
+// how
+//         often the backward called atomicAdd.
 #include "cuda_on_host.h"
 // first the emulation
 #include <cstdio>
@@ -66,6 +68,7 @@ void write(const Array<T>& data) {
 
 struct Options {
   unsigned seed, grid_rows;
+  bool aggregates;
 };
 
 template <typename T, typename A, typename O, int kLanes, int kVector>
@@ -80,10 +83,12 @@ void run(const Problem& p, const Options& options) {
   Array<A> grad_value(value.count), grad_reference(reference.count), grad_logits(samples);
   Array<O> grad_offsets(samples * 2);
   const cuda::Schedule schedule = cuda::make_schedule(p);
-  const Index grid = {static_cast<unsigned>(schedule.tiles), options.grid_rows};
+  Index grid = {static_cast<unsigned>(schedule.tiles), options.grid_rows, 1};
   const cuda::Inputs<T, A, O> inputs = {value.start, reference.start, offsets.start, logits.start};
-  const cuda::Outputs<A, O> outputs = {grad_value.start, grad_reference.start, grad_offsets.start,
-                                       grad_logits.start};
+  std::vector<cuda::Softmax<A>> softmax(slots);
+  const cuda::Outputs<A, O> outputs = {
+      grad_value.start, p.coordinates() > 0 ? grad_reference.start : nullptr, grad_offsets.start,
+      grad_logits.start, options.aggregates ? softmax.data() : nullptr};
   emulation::launch(grid, cuda::kThreads, options.seed, [&] {
     cuda::forward_kernel<T, A, O, kLanes, kVector>(p, schedule, inputs, output.start);
   });
@@ -91,12 +96,21 @@ void run(const Problem& p, const Options& options) {
     cuda::backward_kernel<T, A, O, kLanes, kVector>(p, schedule, grad_output.start, inputs,
                                                     outputs);
   });
+  if constexpr (sizeof(A) == sizeof(float))
+    if (options.aggregates) {
+      grid.x *= p.levels.count;
+      grid.z = static_cast<unsigned>((p.channels - 1) / cuda::kAggregated + 1);
+      emulation::launch(grid, cuda::kWarpSize, options.seed, [&] {
+        cuda::aggregate_kernel<T, A, O>(p, schedule, grad_output.start, inputs, outputs);
+      });
+    }
   write<A>(output), write<A>(grad_value), write<A>(grad_reference);
   write<A>(grad_offsets), write<A>(grad_logits);
+  std::fwrite(&emulation::additions, sizeof(int64_t), 1, stdout);
 }
 
 int main() {
-  const auto header = read<int64_t, int64_t>(13);
+  const auto header = read<int64_t, int64_t>(14);
   const int64_t* numbers = header.start;
   Problem problem = {numbers[0],
                      numbers[1],
@@ -132,8 +146,8 @@ int main() {
   };
   for (const Kernel& kernel : kernels)
     if (kernel.type == numbers[8] && kernel.lanes == numbers[9] && kernel.vector == numbers[10]) {
-      kernel.runner(problem,
-                    {static_cast<unsigned>(numbers[11]), static_cast<unsigned>(numbers[12])});
+      kernel.runner(problem, {static_cast<unsigned>(numbers[11]),
+                              static_cast<unsigned>(numbers[12]), numbers[13] != 0});
       return 0;
     }
   return 1;
