@@ -5,6 +5,7 @@ disturbs all of them alike.
 """
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -23,6 +24,7 @@ BATCH, HEADS, CHANNELS, POINTS = 1, 8, 32, 4
 STRIDES = (8, 16, 32, 64)
 DECODER_QUERIES = 900
 BASELINE = "grid_sample"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 CUDA_BACKWARD = "DINO_D2_CUDA_BACKWARD"  # see ops/README.md
 
 
@@ -164,14 +166,12 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def benchmark_op(dtype: torch.dtype, device: str, rounds: int) -> None:
+def benchmark_op(dtypes: Sequence[torch.dtype], device: str, rounds: int) -> None:
     """Print the table."""
     status = load_native()
-    print(f"PyTorch {torch.__version__}, {device}, {dtype}, {torch.get_num_threads()} threads")
+    print(f"PyTorch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
     print(f"dino_d2: {status.reason}; medians of {rounds} alternating calls")
     print("all but fused: with softmax and locations computed by PyTorch\n")
-    # grid_sample wants one dtype, and has no half on the CPU
-    baseline_dtype = torch.float32 if dtype.itemsize < 4 and device == "cpu" else dtype
     functions = {
         BASELINE: partial(around, attend_by_grid_sample),
         "unfused": partial(around, ms_deform_attn),
@@ -179,8 +179,10 @@ def benchmark_op(dtype: torch.dtype, device: str, rounds: int) -> None:
     }
     on_cuda = torch.device(device).type == "cuda"
     columns = [*functions, *(["direct"] if on_cuda else [])]  # "fused" aggregates where it can
-    print(f"{'':38}" + "".join(f"{name:>14}" for name in columns) + f"{'ratio':>9}")
-    for case in CASES:
+    print(f"{'':48}" + "".join(f"{name:>14}" for name in columns) + f"{'ratio':>9}")
+    for dtype, case in itertools.product(dtypes, CASES):
+        # grid_sample wants one dtype, and has no half on the CPU
+        baseline_dtype = torch.float32 if dtype.itemsize < 4 and not on_cuda else dtype
         inputs = make_inputs(case)
         given = {
             name: inputs.to(device, baseline_dtype if name == BASELINE else dtype)
@@ -193,8 +195,12 @@ def benchmark_op(dtype: torch.dtype, device: str, rounds: int) -> None:
             median = measure(jobs, rounds, device)
             times = "".join(f"{median[name]:11.2f} ms" for name in columns)
             ratio = median[BASELINE] / median["fused"]
-            label = run.__name__.replace("_", " ")
-            print(f"{case.name:18}{label:>20}{times}{ratio:8.1f}x", flush=True)
+            label = f"{_name(dtype):10}{case.name:18}{run.__name__.replace('_', ' '):>20}"
+            print(f"{label}{times}{ratio:8.1f}x", flush=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,11 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dino_d2.tools.benchmark", description=__doc__)
     parser.add_argument("what", choices=["op"], help="op: multi-scale deformable attention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = ("float64", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[1:]))
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
-    benchmark_op(getattr(torch, args.dtype), args.device, args.rounds)
+    benchmark_op([getattr(torch, name) for name in args.dtypes], args.device, args.rounds)
 
 
 if __name__ == "__main__":

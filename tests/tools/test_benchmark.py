@@ -17,10 +17,12 @@ def test_alternatives_compute_the_same(attend, queries):
 
 def test_table(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "CASES", [Case("tiny", 64, 96, None), Case("few", 64, 64, 5)])
-    benchmark.main(["op", "--rounds", "1", "--device", "cpu", "--dtype", "bfloat16"])
+    dtypes = ["float32", "bfloat16"]
+    benchmark.main(["op", "--rounds", "1", "--device", "cpu", "--dtypes", *dtypes])
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.startswith(("tiny", "few"))]
-    assert len(rows) == 4
+    rows = [line for line in lines if line.startswith(tuple(dtypes))]
+    names = [(dtype, case) for dtype in dtypes for case in ("tiny", "few") for _ in range(2)]
+    assert [tuple(row.split()[:2]) for row in rows] == names
     assert all(row.endswith("x") and row.count(" ms") == 3 for row in rows)
 
 

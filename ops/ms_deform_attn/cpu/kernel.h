@@ -137,10 +137,12 @@ void set_levels(const Problem& problem, bool copied, Block<T>* blocks) {
     Block<T>& block = blocks[p / kBlock];
     const int64_t i = p % kBlock;
     block.height[i] = block.width[i] = block.start[i] = block.pitch[i] = 0;
+    block.level[i] = problem.levels.count - 1;
     block.origin_x[i] = block.origin_y[i] = block.scale_x[i] = block.scale_y[i] = 0;
     block.offset_x[i] = block.offset_y[i] = 0;
     if (p >= samples) continue;
     const int32_t level = static_cast<int32_t>(p / problem.points);
+    block.level[i] = level;
     block.height[i] = problem.levels.height[level];
     block.width[i] = problem.levels.width[level];
     block.start[i] = copied ? padded_start(problem.levels, level) : problem.levels.start[level];
@@ -148,20 +150,30 @@ void set_levels(const Problem& problem, bool copied, Block<T>* blocks) {
   }
 }
 
+// By vectors: a vector that is read soon after its numbers were stored one by one must wait for all
+// stores before.
 template <typename T>
 void set_frames(const Problem& problem, const T* reference, Block<T>* blocks) {
-  int64_t p = 0;
-  for (int32_t level = 0; level < problem.levels.count; ++level) {
-    const Frame<T> frame =
+  typedef Lanes<T> Math;
+  typedef typename Math::Number Number;
+  Frame<T> frames[kMaxLevels];
+  for (int32_t level = 0; level < problem.levels.count; ++level)
+    frames[level] =
         make_frame<T>(problem.form, reference + level * problem.coordinates(), problem.points,
                       problem.levels.height[level], problem.levels.width[level]);
-    for (int64_t end = p + problem.points; p < end; ++p) {
-      Block<T>& block = blocks[p / kBlock];
-      block.origin_x[p % kBlock] = frame.origin_x;
-      block.origin_y[p % kBlock] = frame.origin_y;
-      block.scale_x[p % kBlock] = frame.scale_x;
-      block.scale_y[p % kBlock] = frame.scale_y;
+  for (int64_t p = 0; p < problem.samples(); p += Math::kLanes) {
+    Block<T>& block = blocks[static_cast<uint64_t>(p) / kBlock];
+    const int i = static_cast<uint64_t>(p) % kBlock;
+    Number origin_x = {}, origin_y = {}, scale_x = {}, scale_y = {};
+    for (auto level = block.level[i]; level <= block.level[i + Math::kLanes - 1]; ++level) {
+      const typename Math::Mask on_it = Math::at(block.level + i) == level;
+      origin_x = Math::select(on_it, Math::all(frames[level].origin_x), origin_x);
+      origin_y = Math::select(on_it, Math::all(frames[level].origin_y), origin_y);
+      scale_x = Math::select(on_it, Math::all(frames[level].scale_x), scale_x);
+      scale_y = Math::select(on_it, Math::all(frames[level].scale_y), scale_y);
     }
+    Math::at(block.origin_x + i) = origin_x, Math::at(block.origin_y + i) = origin_y;
+    Math::at(block.scale_x + i) = scale_x, Math::at(block.scale_y + i) = scale_y;
   }
 }
 
@@ -378,13 +390,36 @@ void gather_channels(const Rows& rows, int64_t channels, const Block<T>* blocks,
     gather_channels<T, (kLanes > 4 ? kLanes / 2 : 1)>(rows, channels, blocks, samples, output, c);
 }
 
+// Which (query, head) of all the share's query `i` of the order is.
+template <typename T>
+DINO_D2_INLINE int64_t slot_of(const Arguments<T>& arguments, const Share& share, int64_t i) {
+  const Problem& problem = *arguments.problem;
+  return (share.image * problem.queries + arguments.order[i]) * problem.heads + share.head;
+}
+
+// What is read of a query lies a query's heads away from that of the next. Not every processor
+// foresees that, and the same one only for some places of this code in memory, so that queries are
+// fetched some time before their turn.
+constexpr int64_t kAhead = 4;
+
+template <typename T>
+DINO_D2_INLINE void fetch_ahead(const Arguments<T>& arguments, const Share& share, int64_t i,
+                                const T* numbers, int64_t per_slot) {
+  if (i + kAhead >= share.end) return;
+  const char* start =
+      reinterpret_cast<const char*>(numbers + slot_of(arguments, share, i + kAhead) * per_slot);
+  for (int64_t byte = 0; byte < per_slot * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(start + byte);
+}
+
 // Prepares all samples of the query in the share's head.
 template <typename T>
 int64_t prepare(const Arguments<T>& arguments, const Share& share, int64_t i, bool copied,
                 Block<T>* blocks) {
   const Problem& problem = *arguments.problem;
-  const int64_t query = share.image * problem.queries + arguments.order[i];
-  const int64_t slot = query * problem.heads + share.head;
+  const int64_t slot = slot_of(arguments, share, i), query = slot / problem.heads;
+  fetch_ahead(arguments, share, i, arguments.logits, problem.samples());
+  fetch_ahead(arguments, share, i, arguments.offsets, problem.samples() * 2);
   set_frames(problem, arguments.reference + query * problem.levels.count * problem.coordinates(),
              blocks);
   set_attention(problem, arguments.logits + slot * problem.samples(), blocks);
@@ -447,54 +482,69 @@ DINO_D2_INLINE void add_products(const V (&of)[4], T (&dot)[4][4]) {
   }
 }
 
-// Some channels of the samples [first, last): adds to the value gradient of their corners, and to
-// their dots the product of the output gradient with the value at the corner. kAll: there are no
-// other channels.
+// The samples [first, last), `points` on every level.
+struct Samples {
+  int64_t first, last, points;
+};
+
+// Adds to the value gradient of a sample's corners, and to its dots the product of the output
+// gradient with the value at the corner: as many channels as `gradient` has. `i`: in the block.
+template <typename T, int kLanes, int kVectors>
+DINO_D2_INLINE void scatter_sample(const T* value, T* grad_value, int64_t stride,
+                                   const typename Vector<T, kLanes>::type (&gradient)[kVectors],
+                                   Block<T>& block, int i) {
+  typedef typename Vector<T, kLanes>::type V;
+  const int64_t upper = block.upper[i] * stride, lower = block.lower[i] * stride;
+  const int64_t corner[4] = {upper, upper + stride, lower, lower + stride};
+  V products[4] = {};
+  T coefficient[4];
+  for (int k = 0; k < 4; ++k) {
+    coefficient[k] = block.coefficient[k][i];
+    for (int v = 0; v < kVectors; ++v)
+      products[k] += gradient[v] * *reinterpret_cast<const V*>(value + corner[k] + v * kLanes);
+  }
+  for (int k = 0; k < 4; ++k)
+    for (int v = 0; v < kVectors; ++v)
+      *reinterpret_cast<V*>(grad_value + corner[k] + v * kLanes) += coefficient[k] * gradient[v];
+  add_products<T, kLanes>(products, block.dot[i]);
+}
+
+// Some channels of samples, from `c` on. kAll: there are no others. Samples of one level often
+// share corners, and a sum that is read back at once holds up the processor; so one sample of every
+// level takes its turn, then the next ones.
 template <typename T, int kLanes, int kVectors, bool kAll = false>
 void scatter(const Copied<T>& rows, T* grad_rows, const T* grad_output, int64_t c, Block<T>* blocks,
-             int64_t first, int64_t last) {
+             const Samples& samples) {
   typedef typename Vector<T, kLanes>::type V;
   V gradient[kVectors];
   for (int v = 0; v < kVectors; ++v)
     gradient[v] = *reinterpret_cast<const V*>(grad_output + c + v * kLanes);
   const T* value = rows.rows + c;  // in local variables: stores below could change others
   const int64_t stride = kAll ? kLanes * kVectors : rows.stride;
-  grad_rows += c;
-  for (int64_t p = first; p < last; ++p) {
-    Block<T>& block = blocks[static_cast<uint64_t>(p) / kBlock];
-    const int i = static_cast<uint64_t>(p) % kBlock;
-    const int64_t upper = block.upper[i] * stride, lower = block.lower[i] * stride;
-    const int64_t corner[4] = {upper, upper + stride, lower, lower + stride};
-    V products[4] = {};
-    T coefficient[4];
-    for (int k = 0; k < 4; ++k) {
-      coefficient[k] = block.coefficient[k][i];
-      for (int v = 0; v < kVectors; ++v)
-        products[k] += gradient[v] * *reinterpret_cast<const V*>(value + corner[k] + v * kLanes);
-    }
-    for (int k = 0; k < 4; ++k)
-      for (int v = 0; v < kVectors; ++v)
-        *reinterpret_cast<V*>(grad_rows + corner[k] + v * kLanes) += coefficient[k] * gradient[v];
-    add_products<T, kLanes>(products, block.dot[i]);
-  }
+  const int64_t last = samples.last, points = samples.points;
+  for (int64_t turn = samples.first; turn < samples.first + points; ++turn)
+    for (int64_t p = turn; p < last; p += points)
+      scatter_sample<T, kLanes, kVectors>(value, grad_rows + c, stride, gradient,
+                                          blocks[static_cast<uint64_t>(p) / kBlock],
+                                          static_cast<uint64_t>(p) % kBlock);
 }
 
 template <typename T, int kLanes>
 void scatter_channels(const Copied<T>& rows, T* grad_rows, const T* grad_output, Block<T>* blocks,
-                      int64_t first, int64_t last, int64_t c = 0) {
+                      const Samples& samples, int64_t c = 0) {
   if (c == 0 && rows.stride == 2 * kLanes)
-    return scatter<T, kLanes, 2, true>(rows, grad_rows, grad_output, 0, blocks, first, last);
+    return scatter<T, kLanes, 2, true>(rows, grad_rows, grad_output, 0, blocks, samples);
   if (c == 0 && rows.stride == 4 * kLanes)
-    return scatter<T, kLanes, 4, true>(rows, grad_rows, grad_output, 0, blocks, first, last);
+    return scatter<T, kLanes, 4, true>(rows, grad_rows, grad_output, 0, blocks, samples);
   for (; rows.stride - c >= 4 * kLanes; c += 4 * kLanes)
-    scatter<T, kLanes, 4>(rows, grad_rows, grad_output, c, blocks, first, last);
+    scatter<T, kLanes, 4>(rows, grad_rows, grad_output, c, blocks, samples);
   for (; rows.stride - c >= 2 * kLanes; c += 2 * kLanes)
-    scatter<T, kLanes, 2>(rows, grad_rows, grad_output, c, blocks, first, last);
+    scatter<T, kLanes, 2>(rows, grad_rows, grad_output, c, blocks, samples);
   for (; rows.stride - c >= kLanes; c += kLanes)
-    scatter<T, kLanes, 1>(rows, grad_rows, grad_output, c, blocks, first, last);
+    scatter<T, kLanes, 1>(rows, grad_rows, grad_output, c, blocks, samples);
   if constexpr (kLanes > 1)
-    scatter_channels<T, (kLanes > 4 ? kLanes / 2 : 1)>(rows, grad_rows, grad_output, blocks, first,
-                                                       last, c);
+    scatter_channels<T, (kLanes > 4 ? kLanes / 2 : 1)>(rows, grad_rows, grad_output, blocks,
+                                                       samples, c);
 }
 
 // From the dots to the gradients of weights and pixels, 0 for samples that take no part.
@@ -598,11 +648,12 @@ void backward(const Arguments<T>& arguments, const Gradients<T>& gradients, cons
   __builtin_memset(grad_rows, 0, size * sizeof(T));
   set_levels(problem, true, scratch.blocks);
   for (int64_t i = share.begin; i < share.end; ++i) {
+    fetch_ahead(arguments, share, i, gradients.of_output, channels);
     const int64_t slot = prepare(arguments, share, i, true, scratch.blocks);
     for (int64_t b = 0; b < count; ++b)
       __builtin_memset(scratch.blocks[b].dot, 0, sizeof(scratch.blocks[b].dot));
     scatter_channels<T, native_lanes<T>>(rows, grad_rows, gradients.of_output + slot * channels,
-                                         scratch.blocks, first, last);
+                                         scratch.blocks, {first, last, problem.points});
     for (int64_t b = 0; b < count; ++b) differentiate_samples(scratch.blocks[b]);
     if (problem.has_softmax() && last - first == samples)
       differentiate_softmax(count, scratch.blocks);

@@ -24,6 +24,7 @@ struct IntegerAs<double> {
 template <typename T>
 struct Block {
   typedef typename IntegerAs<T>::type Integer;
+  Integer level[kBlock];                  // the last one where padded
   Integer height[kBlock], width[kBlock];  // of the level; 0 where padded
   Integer start[kBlock];                  // the level's first row in memory
   Integer pitch[kBlock];                  // rows of memory from one row of the map to the next
