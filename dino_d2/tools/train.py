@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from .. import model_zoo
-from ..data.annotations import write_annotations
+from ..checkpoint import CheckpointError
 from ..data.check import Checked, check_data_set, check_splits_apart
 from ..data.findings import DataError
 from ..data.layouts import find_sources, split_content
+from ..data.writing import write_annotations, write_text
 from .check_dataset import check_sources, print_findings
 
 MIN_ITERATIONS = 3000  # small data sets are passed over more often
@@ -45,11 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         splits = prepare(args.data, args.val, "heads" if args.quick else "decode", Path(args.out))
         text = make_config(splits, find_config(args.model), args)
-    except (DataError, KeyError) as error:
+        path = Path(args.out) / "train_config.py"
+        write_text(text, path)
+    except (DataError, CheckpointError, KeyError) as error:
         sys.exit(f"not trained: {error.args[0]}")
-    path = Path(args.out) / "train_config.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
     print(f"\n{path}:\n\n{text}", flush=True)
     if not args.dry_run:
         command = [sys.executable, str(model_zoo.root() / "train_net.py")]

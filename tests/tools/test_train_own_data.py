@@ -158,6 +158,13 @@ def test_unknown_arguments_and_models_are_named(tmp_path):
         run(tmp_path, CONTENT, "--model", "yolo")
 
 
+@pytest.mark.usefixtures("_with_detectron2")
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit, match=r"not trained: .*out/data/.* cannot be written"):
+        run(tmp_path)
+
+
 def test_without_detectron2_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"needs Detectron2, which is not installed: pip install"):
