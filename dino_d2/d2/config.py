@@ -157,7 +157,7 @@ def _parameters(target: object) -> set[str] | None:
 
 
 def add_dino_d2_config(cfg: CfgNode) -> None:
-    """Add the keys of this package's meta-architectures to a yacs config.
+    """Add the keys of this package's meta-architectures, and of `DetrTrainer`, to a yacs config.
 
     ```
     cfg = get_cfg()
@@ -167,6 +167,12 @@ def add_dino_d2_config(cfg: CfgNode) -> None:
     """
     for name, settings in _YACS.items():
         cfg.MODEL[name] = CfgNode(copy.deepcopy(settings))
+    # of DetrTrainer; as in configs/common/train.py
+    cfg.MODEL.WEIGHTS_CLASSES = ""  # init_classes
+    cfg.MODEL.WEIGHTS_SKIP = []  # init_skip
+    cfg.SOLVER.ACCUMULATE = 1  # accumulate
+    cfg.SOLVER.EMA_DECAY = 0.0  # ema.decay
+    cfg.TEST.BEST_METRIC = "bbox/AP"  # best_metric
 
 
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:

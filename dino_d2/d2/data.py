@@ -22,7 +22,6 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 from detectron2.structures import BoxMode
-from omegaconf import DictConfig
 
 from ..checkpoint import ClassNames
 from ..data.annotations import check_annotations, select_images
@@ -214,9 +213,8 @@ def class_frequencies(name: str, power: float = 1.0) -> list[float]:
     return [entry["image_count"] ** power for entry in by_class]
 
 
-def class_names(given: str, loader: DictConfig) -> ClassNames:
-    """The classes of weights, as `read_class_names` takes them, and of a config's train loader."""
-    names = loader.dataset.names
+def class_names(given: str, names: str | Sequence[str]) -> ClassNames:
+    """The classes of weights, as `read_class_names` takes them, and of loaded data sets."""
     name = names if isinstance(names, str) else names[0]
     return ClassNames(read_class_names(given), MetadataCatalog.get(name).thing_classes)
 

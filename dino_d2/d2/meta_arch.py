@@ -1,5 +1,6 @@
 """The detectors as Detectron2 meta-architectures."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,8 @@ from ..postprocess import Suppression, postprocess
 from ..preprocess import PIXEL_MEAN, PIXEL_STD, make_padding_mask
 from ..transfer import to_device
 from ..types import Detections, Predictions, Target
+
+logger = logging.getLogger("detectron2.dino_d2")
 
 
 class DetrMetaArch(nn.Module):
@@ -80,6 +83,9 @@ class DetrMetaArch(nn.Module):
         """Arguments from a yacs config, see `add_dino_d2_config`: each key under the model's name
         is an argument of its builder.
         """
+        unused = [f"MODEL.{key}" for key in ("MASK_ON", "KEYPOINT_ON") if cfg.MODEL[key]]
+        if unused:
+            logger.warning("%s finds boxes only: no effect of %s", cls.__name__, ", ".join(unused))
         settings = {name.lower(): value for name, value in cfg.MODEL[cls.yacs_name].items()}
         few = settings.get("deformable") or settings.get("base") == "deformable_detr"
         num_detections = settings.pop("num_detections") or (100 if few else 300)
