@@ -180,10 +180,26 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
     Raises:
         KeyError: neither the config nor the signature of what it builds knows the key.
+        ConfigError: a number, text or switch is to become something else.
     """
-    for override in overrides:
-        _check_key(cfg, override.split("=", 1)[0].lstrip("+"))
+    keys = [override.split("=", 1)[0].lstrip("+") for override in overrides]
+    for key in keys:
+        _check_key(cfg, key)
+    trial = LazyConfig.apply_overrides(copy.deepcopy(cfg), overrides)
+    for key in keys:
+        _check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(trial, key))
     return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def _check_kind(key: str, before: object, after: object) -> None:
+    kinds = {"true or false": bool, "a number": int | float, "a text": str}
+    for name, kind in kinds.items():
+        if isinstance(before, kind):  # a truth value is a number, too: the first counts
+            fits = isinstance(after, kind) and isinstance(after, bool) == (kind is bool)
+            several = kind is str and OmegaConf.is_list(after)  # of data sets
+            if not (fits or several or after is None):
+                raise ConfigError(f"{key}={after} must be {name}, such as {before!r}")
+            return
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:

@@ -168,6 +168,21 @@ def save_average(ema: EMAHook, folder: str) -> None:
         Checkpointer(ema.model, folder, tag=False).save("model_final_ema")
 
 
+def first_step(trainer: TrainerBase, checkpointer: Checkpointer, max_iter: int) -> int:
+    """Where training goes on, or 0 if it has not resumed.
+
+    Raises:
+        ValueError: behind its end.
+    """
+    start = trainer.iter + 1 if checkpointer.resumed else 0
+    if start > max_iter:
+        raise ValueError(
+            f"the run in {checkpointer.save_dir} is at step {start}, but training is to end at "
+            f"{max_iter} (train.max_iter, SOLVER.MAX_ITER)"
+        )
+    return start
+
+
 @contextmanager
 def saved_when_stopped(trainer: TrainerBase, checkpointer: Checkpointer) -> Iterator[None]:
     """A block of training, with a checkpoint of its last step if a signal ends it."""

@@ -27,6 +27,7 @@ from .hooks import (
     NoObjectsHook,
     PeriodicCheckpointer,
     best_checkpointer,
+    first_step,
     save_average,
     saved_when_stopped,
 )
@@ -68,6 +69,9 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     `curves.png`. With `resume`, training goes on from the newest valid checkpoint there, as if it
     had never stopped. SIGTERM and SIGINT end it after the current step, with a checkpoint.
     """
+    steps = cfg.train.max_iter
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"train.max_iter must be an integer above 0, not {steps}")
     with StopSignals() as signals, no_workers_left():
         return _train(scale_to_batch(cfg), resume, signals)
 
@@ -118,7 +122,7 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         trainer.register_hooks([EpochHook(len(loader.dataset), batch_size)])
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     with saved_when_stopped(trainer, checkpointer):
-        trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
+        trainer.train(first_step(trainer, checkpointer, cfg.train.max_iter), cfg.train.max_iter)
     if ema is not None:
         save_average(ema, cfg.train.output_dir)
     if comm.is_main_process():
@@ -152,7 +156,7 @@ def _hooks(
     periods = cfg.train.checkpointer if main else {"period": cfg.train.checkpointer.period}
     writers = default_writers(out, cfg.train.max_iter) if main else []
     return [
-        hooks.IterationTimer(),
+        hooks.IterationTimer(warmup_iter=0),  # what prints needs a time from the first step on
         HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
         hooks.LRScheduler(scheduler=build_schedule(cfg)),
         NoObjectsHook(),

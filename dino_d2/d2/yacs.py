@@ -23,7 +23,13 @@ from ..checkpoint import load_backbone, load_weights, read_weights
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names, coco_evaluator, load_datasets
 from .ema import EMAHook
-from .hooks import NoObjectsHook, best_checkpointer, save_average, saved_when_stopped
+from .hooks import (
+    NoObjectsHook,
+    best_checkpointer,
+    first_step,
+    save_average,
+    saved_when_stopped,
+)
 from .loading import build_train_loader, no_workers_left
 from .mapper import CheckedMapper
 from .solver import BackboneLR
@@ -77,9 +83,8 @@ class DetrTrainer(DefaultTrainer):
             CheckpointError: the weights do not fit, or no checkpoint is valid.
         """
         self.checkpointer.resume_or_load("", resume=resume)
-        if self.checkpointer.resumed:
-            self.start_iter = self.iter + 1
-        elif self.cfg.MODEL.WEIGHTS:
+        self.start_iter = first_step(self, self.checkpointer, self.max_iter)
+        if not self.checkpointer.resumed and self.cfg.MODEL.WEIGHTS:
             self._load(self.cfg.MODEL.WEIGHTS)
 
     def _load(self, path: str) -> None:

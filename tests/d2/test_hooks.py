@@ -233,10 +233,14 @@ def test_the_best_evaluation_is_kept():
 def test_a_metric_that_nobody_finds_is_told(caplog):
     from dino_d2.d2.hooks import BestCheckpointer
 
-    run_hook(BestCheckpointer(Saved(), "bbox/APP"), evaluations(20.0, 41.0))
+    hook = BestCheckpointer(Saved(), "bbox/APP")
+    run_hook(hook, evaluations(20.0, 41.0))
+    hook.after_train()
     assert "no evaluation has found 'bbox/APP', only bbox/AP" in caplog.text
     caplog.clear()
-    run_hook(BestCheckpointer(Saved(), "bbox/AP"), [(0, {}), (1, {})])  # nothing was evaluated
+    hook = BestCheckpointer(Saved(), "bbox/AP")
+    run_hook(hook, [(0, {"lr": 1.0})])  # nothing was evaluated
+    hook.after_train()
     assert caplog.text == ""
 
 

@@ -217,6 +217,11 @@ def test_more_objects_than_queries():
     assert all(loss.isfinite() for loss in losses.values())
 
 
+def test_no_queries_are_an_error():
+    with pytest.raises(ValueError, match="num_queries must be positive"):
+        tiny_dino(num_queries=0).train()(*tiny_batch(), tiny_targets(2, 1))
+
+
 def test_fewer_tokens_than_queries():
     model = tiny_dino(num_queries=500).train()
     images, mask = tiny_batch()
