@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from detectron2.data import transforms as T  # noqa: N812 -- Detectron2's own name for it
 from detectron2.data.detection_utils import (
@@ -49,7 +48,7 @@ class CheckedMapper:
         source["height"], source["width"] = pixels.shape[:2]
         given = T.AugInput(pixels if self.image_format == "RGB" else pixels[:, :, ::-1])
         transforms = self.augmentations(given)
-        image = np.ascontiguousarray(given.image.transpose(2, 0, 1))
+        image = given.image.transpose(2, 0, 1).copy()  # a mirrored side of one pixel, too
         source["image"] = torch.as_tensor(image)
         entries = source.pop("annotations", None)
         if self.is_train and entries is not None:

@@ -70,5 +70,5 @@ class Predictor:
         rgb = self.input_format == "RGB"
         given = T.AugInput(original_image[:, :, ::-1] if rgb else original_image)
         self.aug(given)
-        image = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        image = torch.as_tensor(given.image.transpose(2, 0, 1).copy())
         return self.model([{"image": image, "height": height, "width": width}])[0]
