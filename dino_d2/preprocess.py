@@ -24,7 +24,11 @@ def batch_images(
 
     Returns:
         images (B, 3, H, W) in float32, or float64 if the images are, and padding_mask (B, H, W).
+
+    Raises:
+        ValueError: see `check_images`.
     """
+    check_images(images)
     dtype = torch.float64 if images[0].dtype == torch.float64 else torch.float32
     mean, std = (to_device(s, dtype, images[0].device) for s in (pixel_mean, pixel_std))
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
@@ -34,6 +38,27 @@ def batch_images(
         slot[:, : image.shape[1], : image.shape[2]] = normalised
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     return batch, make_padding_mask(sizes, batch)
+
+
+def check_images(images: Sequence[Tensor]) -> None:
+    """Look at what is to be batched, without waiting for the device.
+
+    Raises:
+        ValueError: there are none, or one is no (3, h, w) in uint8 or floating point.
+    """
+    if not images:
+        raise ValueError("a batch needs at least one image")
+    for number, image in enumerate(images):
+        wrong = type(image).__name__
+        if isinstance(image, Tensor):
+            wrong = f"{tuple(image.shape)} in {image.dtype}"
+            fine = image.dtype == torch.uint8 or image.is_floating_point()
+            if fine and image.ndim == 3 and len(image) == 3 and image.numel():
+                continue
+        raise ValueError(
+            f"image {number} of the batch must be a tensor (3, height, width) in uint8 or floating "
+            f"point, with values in 0..255; it is {wrong}"
+        )
 
 
 def make_padding_mask(sizes: Sequence[tuple[int, int]], batch: Tensor) -> Tensor:

@@ -88,3 +88,25 @@ def test_batch_and_mask_are_where_the_images_are():
     batch, mask = batch_images([random_image(2, 3).cuda()])
     assert batch.is_cuda
     assert mask.is_cuda
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (torch.zeros(5, 7), r"\(5, 7\)"),
+        (torch.zeros(1, 5, 7), r"\(1, 5, 7\)"),
+        (torch.zeros(5, 7, 3), r"\(5, 7, 3\)"),
+        (torch.zeros(3, 0, 7), r"\(3, 0, 7\)"),
+        (torch.zeros(3, 5, 7, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(3, 5, 7).numpy(), "ndarray"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_image_is_an_error(image, named):
+    with pytest.raises(ValueError, match=rf"image 1 of the batch must be .* it is .*{named}"):
+        batch_images([random_image(5, 7), image])
+
+
+def test_a_batch_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="at least one image"):
+        batch_images([])

@@ -162,8 +162,8 @@ def check_names(
     ]
     if misshapen:
         lines.append(
-            "`skip` (train.init_skip in a config) leaves names out, by patterns; `classes` "
-            "(train.init_classes) takes classes over by their names."
+            "`skip` (train.init_skip, in yacs MODEL.WEIGHTS_SKIP) leaves names out, by patterns; "
+            "`classes` (train.init_classes, MODEL.WEIGHTS_CLASSES) takes classes over by names."
         )
     if lines:
         raise CheckpointError("the weights do not fit the model. " + "\n".join(lines))

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, DatasetMapper, transforms
+from detectron2.data import DatasetFromList, transforms
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.structures import BitMasks, Boxes, Instances
+from fvcore.transforms.transform import Transform
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .data import load_datasets
+from .mapper import FIELDS, CheckedMapper, transform_object
 
 PAD_VALUE = 114.0
 MAX_SHIFT = 10  # pixels that a side of a box may move before its object counts as covered,
@@ -54,8 +57,8 @@ def load_pairs(names: str | Sequence[str], filter_empty: bool = False) -> Pairs:
     return Pairs(load_datasets(names, filter_empty, masks=True))
 
 
-class JitterMapper(DatasetMapper):
-    """Detectron2's mapper for training with crops and copy-paste.
+class JitterMapper(CheckedMapper):
+    """The mapper for training with crops and copy-paste.
 
     Boxes are tight around what a crop leaves of an object where all objects of an image have masks,
     else they are the cropped boxes. Where an entry has a partner (see `Pairs`), up to `max_pasted`
@@ -73,13 +76,7 @@ class JitterMapper(DatasetMapper):
         image_format: str,
         max_pasted: int = 100,
     ):
-        super().__init__(
-            True,
-            augmentations=augmentations,
-            image_format=image_format,
-            use_instance_mask=True,
-            instance_mask_format="bitmask",
-        )
+        super().__init__(True, augmentations, image_format)
         self.max_pasted = max_pasted
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -94,31 +91,35 @@ class JitterMapper(DatasetMapper):
         chosen = np.random.choice(objects, number, replace=False)
         return paste_objects(example, partner, torch.from_numpy(chosen))
 
-    def _transform_annotations(self, dataset_dict, transform, image_shape):
-        annotations = dataset_dict["annotations"]
-        masked = all("segmentation" in annotation for annotation in annotations)
-        size = dataset_dict["height"], dataset_dict["width"]
-        for annotation in annotations:
-            segmentation = annotation.pop("segmentation", None)
-            if masked:
-                annotation["segmentation"] = _as_rle(segmentation, size)
-        super()._transform_annotations(dataset_dict, transform, image_shape)
-        instances = dataset_dict["instances"]
-        if masked and not instances.has("gt_masks"):  # there are no objects
-            instances.gt_masks = BitMasks(torch.zeros(0, *image_shape, dtype=torch.bool))
-        if masked:
-            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        dataset_dict["instances"] = instances[instances.gt_boxes.nonempty(MIN_BOX)]
+    def _instances(self, objects: list[dict], transforms: Transform, source: dict) -> Instances:
+        if all("segmentation" in entry for entry in objects):
+            instances = _masked(objects, transforms, source)
+        else:
+            instances = super()._instances(objects, transforms, source)
+        return instances[instances.gt_boxes.nonempty(MIN_BOX)]
 
 
-class SquareMapper(DatasetMapper):
-    """Detectron2's mapper for testing on images that `fit_into_square` pads.
+def _masked(objects: list[dict], transforms: Transform, source: dict) -> Instances:
+    """Objects of an entry with masks, and boxes that are tight around them."""
+    before, size = (source["height"], source["width"]), source["image"].shape[1:]
+    coded = [{**e, "segmentation": _as_rle(e["segmentation"], before)} for e in objects]
+    fields = (*FIELDS, "segmentation")
+    moved = [transform_object(entry, transforms, size, fields) for entry in coded]
+    instances = annotations_to_instances(moved, size, mask_format="bitmask")
+    if not objects:
+        instances.gt_masks = BitMasks(torch.zeros(0, *size, dtype=torch.bool))
+    instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    return instances
+
+
+class SquareMapper(CheckedMapper):
+    """The mapper for testing on images that `fit_into_square` pads.
 
     The size that detections are scaled back to is that of the image with its padding.
     """
 
     def __init__(self, augmentations: Sequence[transforms.Augmentation], image_format: str):
-        super().__init__(False, augmentations=augmentations, image_format=image_format)
+        super().__init__(False, augmentations, image_format)
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Detectron2's dict of an image -> a test example."""

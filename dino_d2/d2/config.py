@@ -157,7 +157,7 @@ def _parameters(target: object) -> set[str] | None:
 
 
 def add_dino_d2_config(cfg: CfgNode) -> None:
-    """Add the keys of this package's meta-architectures to a yacs config.
+    """Add the keys of this package's meta-architectures, and of `DetrTrainer`, to a yacs config.
 
     ```
     cfg = get_cfg()
@@ -167,6 +167,12 @@ def add_dino_d2_config(cfg: CfgNode) -> None:
     """
     for name, settings in _YACS.items():
         cfg.MODEL[name] = CfgNode(copy.deepcopy(settings))
+    # of DetrTrainer; as in configs/common/train.py
+    cfg.MODEL.WEIGHTS_CLASSES = ""  # init_classes
+    cfg.MODEL.WEIGHTS_SKIP = []  # init_skip
+    cfg.SOLVER.ACCUMULATE = 1  # accumulate
+    cfg.SOLVER.EMA_DECAY = 0.0  # ema.decay
+    cfg.TEST.BEST_METRIC = "bbox/AP"  # best_metric
 
 
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -174,10 +180,26 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
     Raises:
         KeyError: neither the config nor the signature of what it builds knows the key.
+        ConfigError: a number, text or switch is to become something else.
     """
-    for override in overrides:
-        _check_key(cfg, override.split("=", 1)[0].lstrip("+"))
+    keys = [override.split("=", 1)[0].lstrip("+") for override in overrides]
+    for key in keys:
+        _check_key(cfg, key)
+    trial = LazyConfig.apply_overrides(copy.deepcopy(cfg), overrides)
+    for key in keys:
+        _check_kind(key, OmegaConf.select(cfg, key), OmegaConf.select(trial, key))
     return LazyConfig.apply_overrides(cfg, overrides)
+
+
+def _check_kind(key: str, before: object, after: object) -> None:
+    kinds = {"true or false": bool, "a number": int | float, "a text": str}
+    for name, kind in kinds.items():
+        if isinstance(before, kind):  # a truth value is a number, too: the first counts
+            fits = isinstance(after, kind) and isinstance(after, bool) == (kind is bool)
+            several = kind is str and OmegaConf.is_list(after)  # of data sets
+            if not (fits or several or after is None):
+                raise ConfigError(f"{key}={after} must be {name}, such as {before!r}")
+            return
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:

@@ -22,13 +22,14 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 from detectron2.structures import BoxMode
-from omegaconf import DictConfig
 
 from ..checkpoint import ClassNames
-from ..data.annotations import check_annotations, select_images, write_annotations
+from ..data.annotations import check_annotations, select_images
 from ..data.check import Checked, load_checked
 from ..data.coco import read_class_names
 from ..data.findings import DataError, Findings
+from ..data.layouts import split_pair
+from ..data.writing import write_annotations
 
 logger = logging.getLogger("detectron2.dino_d2")
 
@@ -44,16 +45,16 @@ def register_if_file(name: str) -> str:
     """
     if name in DatasetCatalog.list():
         return name
-    json, separator, images = name.rpartition(":")
-    if not separator:
+    pair = split_pair(name)
+    if pair is None:
         raise KeyError(
             f"data set {name!r} is not registered; give a registered name or "
             "'annotations.json:image_folder'"
         )
-    for path, exists in ((json, Path(json).is_file()), (images, Path(images).is_dir())):
+    for path, exists in zip(pair, (pair.annotations.is_file(), pair.images.is_dir()), strict=True):
         if not exists:
-            raise FileNotFoundError(f"{path!r}, of data set {name!r}, does not exist")
-    register_coco(name, json, images)
+            raise FileNotFoundError(f"{str(path)!r}, of data set {name!r}, does not exist")
+    register_coco(name, *map(str, pair))
     return name
 
 
@@ -212,9 +213,8 @@ def class_frequencies(name: str, power: float = 1.0) -> list[float]:
     return [entry["image_count"] ** power for entry in by_class]
 
 
-def class_names(given: str, loader: DictConfig) -> ClassNames:
-    """The classes of weights, as `read_class_names` takes them, and of a config's train loader."""
-    names = loader.dataset.names
+def class_names(given: str, names: str | Sequence[str]) -> ClassNames:
+    """The classes of weights, as `read_class_names` takes them, and of loaded data sets."""
     name = names if isinstance(names, str) else names[0]
     return ClassNames(read_class_names(given), MetadataCatalog.get(name).thing_classes)
 

@@ -27,7 +27,7 @@ class EMAHook(HookBase):
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(f"train.ema.decay must be between 0 and 1, not {decay}")
+            raise ValueError(f"the decay of an average must be between 0 and 1, not {decay}")
         self.model, self.decay = getattr(model, "module", model), decay
         self.average: dict[str, Tensor] = {}  # by the names of the model's state dict
 

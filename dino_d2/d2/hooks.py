@@ -5,21 +5,23 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint.io import peek
 from ..diagnostics.instability import instability
 from .checkpoint import Checkpointer
+from .ema import EMAHook
 from .sharding import gathered
+from .stopping import Stopped
 from .trainer import autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -133,8 +135,63 @@ class BestCheckpointer(HookBase):
             logger.info("Best %s so far: %.4f", self.metric, value)
 
     def after_train(self) -> None:
-        """As after a step: the last evaluation comes late."""
+        """As after a step: the last evaluation comes late. Tell if none has found the metric."""
         self.after_step()
+        found = sorted(name for name in self.trainer.storage.latest() if "/" in name)
+        if found and self.metric not in found:
+            logger.warning(
+                "no checkpoint is the best, for no evaluation has found %r, only %s",
+                *(self.metric, ", ".join(found)),
+            )
+
+
+def best_checkpointer(
+    metric: str, model: nn.Module, folder: str, ema: EMAHook | None
+) -> BestCheckpointer | None:
+    """A hook that keeps the best weights, or the best average; None without a metric.
+
+    Raises:
+        ValueError: the metric is the average's, and there is none.
+    """
+    if not metric:
+        return None
+    of_average = metric.startswith("ema/")
+    if of_average and ema is None:
+        raise ValueError(f"the best {metric!r} needs an average of the weights: set its decay")
+    checkpointer = Checkpointer(model, folder, tag=False)
+    return BestCheckpointer(checkpointer, metric, ema.applied if of_average else nullcontext)
+
+
+def save_average(ema: EMAHook, folder: str) -> None:
+    """Write model_final_ema.pth."""
+    with ema.applied():
+        Checkpointer(ema.model, folder, tag=False).save("model_final_ema")
+
+
+def first_step(trainer: TrainerBase, checkpointer: Checkpointer, max_iter: int) -> int:
+    """Where training goes on, or 0 if it has not resumed.
+
+    Raises:
+        ValueError: behind its end.
+    """
+    start = trainer.iter + 1 if checkpointer.resumed else 0
+    if start > max_iter:
+        raise ValueError(
+            f"the run in {checkpointer.save_dir} is at step {start}, but training is to end at "
+            f"{max_iter} (train.max_iter, SOLVER.MAX_ITER)"
+        )
+    return start
+
+
+@contextmanager
+def saved_when_stopped(trainer: TrainerBase, checkpointer: Checkpointer) -> Iterator[None]:
+    """A block of training, with a checkpoint of its last step if a signal ends it."""
+    try:
+        yield
+    except Stopped:
+        checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        comm.synchronize()  # before a process ends, and its launcher all others
+        raise
 
 
 class EpochHook(HookBase):

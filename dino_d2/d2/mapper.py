@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from detectron2.data import transforms as T  # noqa: N812 -- Detectron2's own name for it
 from detectron2.data.detection_utils import (
@@ -11,12 +10,14 @@ from detectron2.data.detection_utils import (
     filter_empty_instances,
     transform_instance_annotations,
 )
+from detectron2.structures import Instances
+from fvcore.transforms.transform import Transform
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..data.check import read_entry
 from ..data.findings import DataError
 
-_FIELDS = ("bbox", "bbox_mode", "category_id")  # of an object, that training uses
+FIELDS = ("bbox", "bbox_mode", "category_id")  # of an object, that training uses
 
 
 class CheckedMapper:
@@ -47,20 +48,26 @@ class CheckedMapper:
         source["height"], source["width"] = pixels.shape[:2]
         given = T.AugInput(pixels if self.image_format == "RGB" else pixels[:, :, ::-1])
         transforms = self.augmentations(given)
-        image = np.ascontiguousarray(given.image.transpose(2, 0, 1))
+        image = given.image.transpose(2, 0, 1).copy()  # a mirrored side of one pixel, too
         source["image"] = torch.as_tensor(image)
         entries = source.pop("annotations", None)
         if self.is_train and entries is not None:
-            objects = [
-                transform_instance_annotations(
-                    {name: entry[name] for name in _FIELDS}, transforms, image.shape[1:]
-                )
-                for entry in entries
-                if not entry.get("iscrowd", 0)
-            ]
-            instances = annotations_to_instances(objects, image.shape[1:])
-            source["instances"] = filter_empty_instances(instances)  # a crop may miss objects
+            objects = [entry for entry in entries if not entry.get("iscrowd", 0)]
+            source["instances"] = self._instances(objects, transforms, source)
         return source
+
+    def _instances(self, objects: list[dict], transforms: Transform, source: dict) -> Instances:
+        """Objects of an entry, without those that a crop misses."""
+        size = source["image"].shape[1:]
+        objects = [transform_object(entry, transforms, size) for entry in objects]
+        return filter_empty_instances(annotations_to_instances(objects, size))
+
+
+def transform_object(
+    entry: dict, transforms: Transform, size: tuple[int, int], fields: tuple[str, ...] = FIELDS
+) -> dict:
+    """Those fields of an object, as they are after the transforms, in an image (height, width)."""
+    return transform_instance_annotations({f: entry[f] for f in fields}, transforms, size)
 
 
 def scale_sizes(config: DictConfig | ListConfig, factor: float) -> None:

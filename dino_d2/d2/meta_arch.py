@@ -1,5 +1,6 @@
 """The detectors as Detectron2 meta-architectures."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,9 +27,11 @@ from ..models import (
     build_dn_detr,
 )
 from ..postprocess import Suppression, postprocess
-from ..preprocess import PIXEL_MEAN, PIXEL_STD, make_padding_mask
+from ..preprocess import PIXEL_MEAN, PIXEL_STD, check_images, make_padding_mask
 from ..transfer import to_device
 from ..types import Detections, Predictions, Target
+
+logger = logging.getLogger("detectron2.dino_d2")
 
 
 class DetrMetaArch(nn.Module):
@@ -80,6 +83,9 @@ class DetrMetaArch(nn.Module):
         """Arguments from a yacs config, see `add_dino_d2_config`: each key under the model's name
         is an argument of its builder.
         """
+        unused = [f"MODEL.{key}" for key in ("MASK_ON", "KEYPOINT_ON") if cfg.MODEL[key]]
+        if unused:
+            logger.warning("%s finds boxes only: no effect of %s", cls.__name__, ", ".join(unused))
         settings = {name.lower(): value for name, value in cfg.MODEL[cls.yacs_name].items()}
         few = settings.get("deformable") or settings.get("base") == "deformable_detr"
         num_detections = settings.pop("num_detections") or (100 if few else 300)
@@ -113,7 +119,8 @@ class DetrMetaArch(nn.Module):
         try:
             if not self.training:
                 return self._detect(images, mask, batched_inputs)
-            losses = self.detector(images.tensor, mask, [_target(x) for x in batched_inputs])
+            targets = [_target(i, source) for i, source in enumerate(batched_inputs)]
+            losses = self.detector(images.tensor, mask, targets)
         except (TargetError, NonFiniteError) as error:
             source = batched_inputs[error.image]
             described = f"{source.get('file_name', 'unknown')}, id {source.get('image_id')}"
@@ -125,7 +132,9 @@ class DetrMetaArch(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch the images."""
-        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        images = [x["image"] for x in batched_inputs]
+        check_images(images)
+        images = [image.to(self.device, non_blocking=True) for image in images]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         backbone = self.detector.backbone
         return ImageList.from_tensors(
@@ -176,7 +185,7 @@ class DetrMetaArch(nn.Module):
         """(B, Q): the object of its image that every query is matched to, or -1."""
         images = self.preprocess_image(batched_inputs)
         mask = make_padding_mask(images.image_sizes, images.tensor)
-        targets = [_target(x) for x in batched_inputs]
+        targets = [_target(i, source) for i, source in enumerate(batched_inputs)]
         assignment, num_queries = self.detector.match(images.tensor, mask, targets)
         counts = tuple(len(target.labels) for target in targets)
         return matched_objects(assignment, counts, num_queries)
@@ -289,11 +298,14 @@ def _accept_bare_detector(module, state_dict, prefix, *_) -> None:
         state_dict[f"{prefix}detector.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
-def _target(source: dict) -> Target:
+def _target(number: int, source: dict) -> Target:
     """One image's annotations, relative to the image that goes into the network."""
     if "instances" not in source:
         raise KeyError(f"no annotations ('instances') for {source.get('file_name')} in training")
     instances = source["instances"]
     height, width = instances.image_size
+    if (height, width) != tuple(source["image"].shape[1:]):
+        size = tuple(source["image"].shape[1:])
+        raise TargetError(number, f"they are of an image of {(height, width)}, not of {size}")
     boxes = instances.gt_boxes.tensor / torch.tensor([width, height, width, height])
     return Target(instances.gt_classes, xyxy_to_cxcywh(boxes))

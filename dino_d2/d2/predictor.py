@@ -55,14 +55,20 @@ class Predictor:
         Raises:
             ValueError: another shape or type.
         """
-        if original_image.dtype != np.uint8 or original_image.shape[2:] != (3,):
+        if not isinstance(original_image, np.ndarray):
+            hint = "; cv2.imread returns None for a file that it cannot read"
             raise ValueError(
-                "a picture must be (height, width, 3) uint8 in BGR, not "
-                f"{original_image.shape} {original_image.dtype}"
+                f"a picture must be a NumPy array, not {type(original_image).__name__}"
+                + (hint if original_image is None else "")
+            )
+        shape, dtype = original_image.shape, original_image.dtype
+        if dtype != np.uint8 or shape[2:] != (3,) or not original_image.size:
+            raise ValueError(
+                f"a picture must be (height, width, 3) uint8 in BGR, not {shape} {dtype}"
             )
         height, width = original_image.shape[:2]
         rgb = self.input_format == "RGB"
         given = T.AugInput(original_image[:, :, ::-1] if rgb else original_image)
         self.aug(given)
-        image = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        image = torch.as_tensor(given.image.transpose(2, 0, 1).copy())
         return self.model([{"image": image, "height": height, "width": width}])[0]

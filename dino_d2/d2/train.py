@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from detectron2.config import instantiate
@@ -23,17 +22,20 @@ from .data import check_num_classes, class_names
 from .ema import EMAHook
 from .evaluation import CheckedEvaluator, UntilStopped
 from .hooks import (
-    BestCheckpointer,
     EpochHook,
     InstabilityHook,
     NoObjectsHook,
     PeriodicCheckpointer,
+    best_checkpointer,
+    first_step,
+    save_average,
+    saved_when_stopped,
 )
 from .loading import is_ours, no_workers_left, watch_workers
 from .ranks import HangHook
 from .sharding import gathered, is_sharded, shard, take_whole_state
 from .solver import build_schedule, scale_to_batch
-from .stopping import Stopped, StopSignals
+from .stopping import StopSignals
 from .trainer import Trainer, autocast
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -67,6 +69,9 @@ def train(cfg: DictConfig, resume: bool = False) -> dict:
     `curves.png`. With `resume`, training goes on from the newest valid checkpoint there, as if it
     had never stopped. SIGTERM and SIGINT end it after the current step, with a checkpoint.
     """
+    steps = cfg.train.max_iter
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"train.max_iter must be an integer above 0, not {steps}")
     with StopSignals() as signals, no_workers_left():
         return _train(scale_to_batch(cfg), resume, signals)
 
@@ -97,7 +102,8 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         parallel, cfg.train.output_dir, skip=cfg.train.init_skip, trainer=trainer
     )
     if cfg.train.init_classes:
-        checkpointer.classes = class_names(cfg.train.init_classes, cfg.dataloader.train)
+        names = _dataset_names(cfg.dataloader.train)
+        checkpointer.classes = class_names(cfg.train.init_classes, names)
     ema = EMAHook(parallel, cfg.train.ema.decay) if cfg.train.ema.decay else None
     results = {}
 
@@ -115,15 +121,10 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
         batch_size = cfg.dataloader.train.total_batch_size
         trainer.register_hooks([EpochHook(len(loader.dataset), batch_size)])
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    try:
-        trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
-    except Stopped:
-        checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
-        comm.synchronize()  # before a process ends, and its launcher all others
-        raise
+    with saved_when_stopped(trainer, checkpointer):
+        trainer.train(first_step(trainer, checkpointer, cfg.train.max_iter), cfg.train.max_iter)
     if ema is not None:
-        with ema.applied():
-            Checkpointer(parallel, cfg.train.output_dir, tag=False).save("model_final_ema")
+        save_average(ema, cfg.train.output_dir)
     if comm.is_main_process():
         plot_curves(
             os.path.join(cfg.train.output_dir, "metrics.json"),
@@ -155,7 +156,7 @@ def _hooks(
     periods = cfg.train.checkpointer if main else {"period": cfg.train.checkpointer.period}
     writers = default_writers(out, cfg.train.max_iter) if main else []
     return [
-        hooks.IterationTimer(),
+        hooks.IterationTimer(warmup_iter=0),  # what prints needs a time from the first step on
         HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
         hooks.LRScheduler(scheduler=build_schedule(cfg)),
         NoObjectsHook(),
@@ -163,7 +164,7 @@ def _hooks(
         _instability_hook(cfg, model),
         PeriodicCheckpointer(checkpointer, **periods) if saves else None,
         hooks.EvalHook(cfg.train.eval_period, run_evaluation),
-        _best_hook(cfg, model, ema) if saves and cfg.train.best_metric else None,
+        best_checkpointer(cfg.train.best_metric, model, out, ema) if saves else None,
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
     ]
 
@@ -211,15 +212,6 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     Checkpointer(model).load(cfg.train.init_checkpoint)
     with no_workers_left():
         return evaluate(cfg, model)
-
-
-def _best_hook(cfg: DictConfig, model: nn.Module, ema: EMAHook | None) -> BestCheckpointer:
-    of_average = cfg.train.best_metric.startswith("ema/")
-    if of_average and ema is None:
-        raise ValueError(f"train.best_metric={cfg.train.best_metric} needs train.ema.decay")
-    checkpointer = Checkpointer(model, cfg.train.output_dir, tag=False)
-    weights = ema.applied if of_average else nullcontext
-    return BestCheckpointer(checkpointer, cfg.train.best_metric, weights)
 
 
 def _instability_hook(cfg: DictConfig, model: nn.Module) -> hooks.HookBase | None:

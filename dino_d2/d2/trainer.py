@@ -230,8 +230,8 @@ def split(batch: list[dict], count: int) -> list[list[dict]]:
     size, rest = divmod(len(batch), count)
     if rest or not size:
         raise ValueError(
-            f"train.accumulate={count} cannot divide the {len(batch)} images that each process has "
-            "of dataloader.train.total_batch_size"
+            f"the {len(batch)} images of a batch that each process has cannot be taken in {count} "
+            "equal parts (train.accumulate, SOLVER.ACCUMULATE)"
         )
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 

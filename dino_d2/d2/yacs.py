@@ -1,5 +1,8 @@
 """Training in yacs pipelines: Detectron2's DefaultTrainer with what DETRs need."""
 
+import logging
+import weakref
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -7,22 +10,136 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver.build import get_default_optimizer_params
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from .data import check_num_classes, coco_evaluator, load_datasets
+from ..checkpoint import load_backbone, load_weights, read_weights
+from .checkpoint import Checkpointer
+from .data import check_num_classes, class_names, coco_evaluator, load_datasets
+from .ema import EMAHook
+from .hooks import (
+    NoObjectsHook,
+    best_checkpointer,
+    first_step,
+    save_average,
+    saved_when_stopped,
+)
+from .loading import build_train_loader, no_workers_left
 from .mapper import CheckedMapper
 from .solver import BackboneLR
+from .stopping import StopSignals
+from .trainer import Trainer
+
+logger = logging.getLogger("detectron2.dino_d2")
 
 
 class DetrTrainer(DefaultTrainer):
-    """`DefaultTrainer` with AdamW, gradients clipped as a whole, and checked data.
+    """`DefaultTrainer` with AdamW, gradients clipped as a whole, checked data, and the steps and
+    checkpoints that `dino_d2.d2.train` has.
 
     SOLVER.CLIP_GRADIENTS.CLIP_VALUE limits the L2 norm of all gradients together. Data sets are
     names, or "annotations.json:image_folder"; crops and sizes are those of INPUT.
+
+    Raises:
+        FloatingPointError, LoadingError, Stopped: see `Trainer`.
+        CheckpointError: see `resume_or_load`, and `Checkpointer`.
     """
+
+    def __init__(self, cfg: CfgNode):
+        super(DefaultTrainer, self).__init__()  # whose own makes another step
+        if not logger.isEnabledFor(logging.INFO):  # without `default_setup`
+            setup_logger()
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = Trainer(
+            create_ddp_model(model, broadcast_buffers=False),
+            self.build_train_loader(cfg),
+            optimizer,
+            model.device.type,
+            "float16" if cfg.SOLVER.AMP.ENABLED else "float32",
+            seed=cfg.SEED if cfg.SEED >= 0 else None,
+            save_dir=cfg.OUTPUT_DIR,
+            accumulate=cfg.SOLVER.ACCUMULATE,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        decay = cfg.SOLVER.EMA_DECAY
+        self.ema = EMAHook(self.model, decay) if decay else None
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the newest valid checkpoint in OUTPUT_DIR, or load MODEL.WEIGHTS: a whole
+        detector's, or the backbone's from ImageNet.
+
+        Raises:
+            CheckpointError: the weights do not fit, or no checkpoint is valid.
+        """
+        self.checkpointer.resume_or_load("", resume=resume)
+        self.start_iter = first_step(self, self.checkpointer, self.max_iter)
+        if not self.checkpointer.resumed and self.cfg.MODEL.WEIGHTS:
+            self._load(self.cfg.MODEL.WEIGHTS)
+
+    def _load(self, path: str) -> None:
+        weights = read_weights(PathManager.get_local_path(path))
+        model = getattr(self.model, "module", self.model)
+        if any(name.startswith(("detector.", "backbone.")) for name in weights):
+            given = self.cfg.MODEL.WEIGHTS_CLASSES
+            classes = class_names(given, self.cfg.DATASETS.TRAIN) if given else None
+            load_weights(model, weights, skip=self.cfg.MODEL.WEIGHTS_SKIP, classes=classes)
+        else:
+            backbone = model.detector.backbone
+            load_backbone(getattr(backbone, "bottom_up", backbone), weights)  # of an FPN
+        logger.info("Weights loaded from %s", path)
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """`DefaultTrainer`'s, and those that average weights, keep the best and miss objects."""
+        cfg, found = self.cfg, super().build_hooks()
+        if self.ema is not None:
+            (place,) = (i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+            found.insert(place, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average))
+        if comm.is_main_process():  # before what writes metrics
+            metric, folder = cfg.TEST.BEST_METRIC, cfg.OUTPUT_DIR
+            found.insert(-1, best_checkpointer(metric, self.model, folder, self.ema))
+        return [NoObjectsHook(), self.ema, *found]
+
+    def _test_average(self) -> dict:
+        with self.ema.applied():
+            return {"ema": self.test(self.cfg, self.model)}
+
+    def train(self) -> dict | None:
+        """As `DefaultTrainer`'s. SIGTERM and SIGINT end it after a step, with a checkpoint."""
+        with StopSignals() as signals, no_workers_left():
+            self._trainer.signals = signals
+            with saved_when_stopped(self, self.checkpointer):
+                results = super().train()
+        if self.ema is not None:
+            save_average(self.ema, self.cfg.OUTPUT_DIR)
+        return results
+
+    def before_train(self) -> None:
+        """Let the data go on with the step."""
+        inner = self._trainer
+        inner.storage, inner.iter, inner.start_iter = self.storage, self.iter, self.start_iter
+        inner.before_train()
+        super().before_train()
+
+    def after_step(self) -> None:
+        """The hooks; then end if that was agreed."""
+        super().after_step()
+        self._trainer.after_step()
+
+    def after_train(self) -> None:
+        """The hooks; and let the data loader's workers go."""
+        self._trainer.after_train()
+        super().after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -52,7 +169,10 @@ class DetrTrainer(DefaultTrainer):
         dataset = load_datasets(names, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         node = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE).yacs_name
         check_num_classes(names, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES ")
-        return build_detection_train_loader(cfg, dataset=dataset, mapper=_mapper(cfg, True))
+        settings = build_detection_train_loader.from_config(
+            cfg, dataset=dataset, mapper=_mapper(cfg, True)
+        )
+        return build_train_loader(**settings)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

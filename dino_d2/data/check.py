@@ -11,7 +11,7 @@ import numpy as np
 
 from .annotations import check_annotations, read_annotations, select_images
 from .findings import DataError, Findings
-from .images import ImageFacts, looks_damaged, read_facts, read_image, resolve
+from .images import ImageFacts, forms_of, looks_damaged, read_facts, read_image, resolve
 
 logger = logging.getLogger("detectron2.dino_d2")
 
@@ -75,9 +75,7 @@ def check_data_set(
         raise ValueError(f"files must be decode, heads or none, not {files!r}")
     findings = Findings(annotations)
     content = read_annotations(annotations)
-    for entry in content["images"]:
-        if file_parts and isinstance(entry.get("file_name"), str):
-            entry["file_name"] = "/".join(entry["file_name"].split("/")[-file_parts:])
+    _adapt_names(content["images"], images, file_parts, findings)
     _fill_sizes(content["images"], images, findings)
     content = check_annotations(content, findings)
     if files == "none":
@@ -94,6 +92,22 @@ def check_splits_apart(first: Checked, second: Checked) -> None:
         if (second.images / image["file_name"]).resolve() in known:
             reason = f"images that are in {first.annotations}, too"
             second.findings.add("note", reason, image["file_name"])
+
+
+def _adapt_names(
+    entries: list[dict], root: str | os.PathLike, file_parts: int | None, findings: Findings
+) -> None:
+    for entry in entries:
+        name = entry.get("file_name")
+        if not isinstance(name, str):
+            continue
+        if file_parts:
+            name = "/".join(name.split("/")[-file_parts:])
+        plain, of_windows = forms_of(name)
+        if plain != of_windows and not os.path.exists(os.path.join(root, plain)):
+            findings.add("converted", "file_name with backslashes, which become slashes", plain)
+            name = of_windows
+        entry["file_name"] = name
 
 
 def _fill_sizes(entries: list[dict], root: str | os.PathLike, findings: Findings) -> None:

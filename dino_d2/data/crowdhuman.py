@@ -4,9 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from .annotations import write_annotations
 from .findings import DataError
 from .images import read_facts, resolve
+from .writing import write_annotations
 
 BOXES = {"full": "fbox", "visible": "vbox", "head": "hbox"}
 

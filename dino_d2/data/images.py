@@ -60,6 +60,11 @@ def resolve(root: str | os.PathLike, file_name: str) -> Path:
     return Path(path)
 
 
+def forms_of(file_name: str) -> tuple[str, ...]:
+    """The name, and what it means if Windows wrote it."""
+    return (file_name, file_name.replace("\\", "/"))
+
+
 def read_facts(path: str | os.PathLike) -> ImageFacts:
     """Read the head of an image file.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from .annotations import read_annotations, select_images
 from .findings import DataError
+from .images import forms_of
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "test": "test",
            "validation": "val", "dev": "val", "minival": "val", "testing": "test"}  # fmt: skip
@@ -31,15 +32,23 @@ def find_sources(data: str | os.PathLike) -> dict[str, Source]:
             one folder per split (train/annotations.json), or one json.
 
     Raises:
-        DataError: nothing is found, or more than one json for a split.
+        DataError: nothing is found, more than one json for a split, or one that cannot be used.
     """
     text = os.fspath(data)
-    path, separator, images = text.rpartition(":")
-    if separator and path.endswith(".json"):
-        return {"train": Source(Path(path), Path(images))}
+    if not text:
+        raise DataError("the name of the data set is empty")
+    pair = split_pair(text)
+    if pair:
+        return {"train": pair}
     if Path(text).is_dir():
         return _find_in_folder(Path(text))
     return {"train": Source(Path(text), find_images(Path(text)))}
+
+
+def split_pair(text: str) -> Source | None:
+    """The two paths of "annotations.json:image_folder", in which further colons may be."""
+    found = re.fullmatch(r"(.+?\.json):(.+)", text, re.IGNORECASE | re.DOTALL)
+    return Source(Path(found[1]), Path(found[2])) if found else None
 
 
 def find_images(annotations: Path) -> Path:
@@ -49,13 +58,15 @@ def find_images(annotations: Path) -> Path:
         DataError: no folder near the json has them.
     """
     names = [entry.get("file_name") for entry in read_annotations(annotations)["images"]]
+    if not names:
+        raise DataError(f"{annotations}: there are no images")
     probed = [name for name in names if isinstance(name, str) and name][:_PROBED]
     split = _split_of(annotations)
     tops = (annotations.parent, annotations.parent.parent)
     found = [tops[0], tops[0] / "images", *(f for top in tops for f in _folders(top)), tops[1]]
     found.sort(key=lambda folder: split != _split_of(folder / "x") or split is None)
     for folder in found:
-        if any((folder / name).exists() for name in probed):
+        if any(os.path.exists(folder / form) for name in probed for form in forms_of(name)):
             return folder
     raise DataError(
         f"{annotations}: its images (such as {probed[:2]}) are in no folder near it; give "
@@ -70,12 +81,23 @@ def _folders(top: Path) -> list[Path]:
 
 
 def _find_in_folder(folder: Path) -> dict[str, Source]:
-    files = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+    files = sorted(f for depth in ("*", "*/*") for f in folder.glob(depth + ".[jJ][sS][oO][nN]"))
     files = [f for f in files if f.name.startswith("instances")] or files
-    usable = [file for file in files if _is_coco(file)]
-    by_split: dict[str, list[Path]] = {}
-    for file in usable:
-        by_split.setdefault(_split_of(file.relative_to(folder)) or "train", []).append(file)
+    by_split: dict[str | None, list[Path]] = {}
+    unusable: dict[str | None, DataError] = {}  # the first of each
+    for file in files:
+        split = _split_of(file.relative_to(folder))
+        try:
+            read_annotations(file)
+        except DataError as error:
+            unusable.setdefault(split, error)
+        else:
+            by_split.setdefault(split, []).append(file)
+    for split in ("train", "val"):  # rather than train without it
+        if split in unusable and split not in by_split:
+            raise unusable[split]
+    if None in by_split:
+        by_split.setdefault("train", []).extend(by_split.pop(None))
     for split, candidates in by_split.items():
         if len(candidates) > 1:
             names = ", ".join(str(f.relative_to(folder)) for f in candidates)
@@ -83,16 +105,9 @@ def _find_in_folder(folder: Path) -> dict[str, Source]:
     if "train" not in by_split:
         raise DataError(
             f"{folder}: there is no COCO-format json for training in it or one level below"
+            + (f" ({unusable[None]})" if None in unusable else "")
         )
     return {split: Source(file, find_images(file)) for split, (file,) in by_split.items()}
-
-
-def _is_coco(file: Path) -> bool:
-    try:
-        read_annotations(file)
-    except DataError:
-        return False
-    return True
 
 
 def _split_of(file: Path) -> str | None:

@@ -6,7 +6,6 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +14,7 @@ from PIL import Image
 from ..data.check import Checked
 from ..data.findings import DataError
 from ..data.images import read_image, resolve
+from ..data.writing import write_text
 from .detections import draw_box
 
 _SAMPLES = 8
@@ -38,8 +38,7 @@ def write_page(splits: Mapping[str, Checked], path: str | os.PathLike) -> None:
         parts += [f"<h1>{html.escape(name)}</h1><p>{source}</p>", _counts(checked.content)]
         parts += [_findings(checked), _as_img(draw_statistics(checked.content))]
         parts.append(_as_img(draw_samples(checked)))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(parts), "utf-8")
+    write_text("\n".join(parts), path)
 
 
 def draw_statistics(content: dict) -> Figure:
@@ -69,8 +68,8 @@ def _draw_classes(axes, categories: Sequence[dict], objects: Sequence[dict]) -> 
     order = sorted(categories, key=lambda category: -counts[category["id"]])
     shown = order[:_MOST_CLASSES]
     axes.bar(range(len(shown)), [counts[category["id"]] for category in shown])
-    names = [category["name"][:20].replace("$", r"\$") for category in shown]
-    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7)
+    names = [category["name"][:20] for category in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7, parse_math=False)
     most = f", the {len(shown)} most frequent of {len(order)}" if len(order) > len(shown) else ""
     axes.set_title(f"objects by class{most}")
 
@@ -102,7 +101,7 @@ def draw_samples(checked: Checked) -> Figure:
 
 
 def _draw_sample(axes, checked: Checked, image: dict, names: dict[int, str]) -> None:
-    axes.set_title(f"{image['id']}: {image['file_name'][-40:]}".replace("$", r"\$"), fontsize=7)
+    axes.set_title(f"{image['id']}: {image['file_name'][-40:]}", fontsize=7, parse_math=False)
     try:
         pixels, _ = read_image(resolve(checked.images, image["file_name"]))
     except DataError:  # it is among the findings
@@ -112,7 +111,7 @@ def _draw_sample(axes, checked: Checked, image: dict, names: dict[int, str]) -> 
     axes.imshow(picture, extent=(0, pixels.shape[1], pixels.shape[0], 0))
     for entry in checked.content["annotations"]:
         if entry["image_id"] == image["id"]:
-            draw_box(axes, entry, {i: name.replace("$", r"\$") for i, name in names.items()})
+            draw_box(axes, entry, names)
 
 
 def _counts(content: dict) -> str:

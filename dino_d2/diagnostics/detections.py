@@ -63,6 +63,5 @@ def draw_box(axes, entry: dict, names: dict[int, str]) -> None:
     label = names[entry["category_id"]]
     if "score" in entry:
         label += f" {entry['score']:.2f}"
-    axes.text(x, y, label, fontsize=7, color="white", va="bottom", backgroundcolor=colour).set_bbox(
-        {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-    )
+    style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+    axes.text(x, y, label, fontsize=7, color="white", va="bottom", bbox=style, parse_math=False)

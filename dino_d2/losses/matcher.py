@@ -1,5 +1,6 @@
 """One-to-one matching of predictions and objects (DETR, sec. 3.1)."""
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -44,7 +45,7 @@ class HungarianMatcher:
 
         Args:
             matched: predictions and objects by group name; where an image has more objects than
-                queries, some stay unmatched.
+                queries, some stay unmatched, with a warning.
             checked: further predictions that are only to be finite.
 
         Raises:
@@ -111,6 +112,12 @@ def _solve(costs: list[np.ndarray], counts: tuple[int, ...], device: torch.devic
     images, queries, objects = [], [], []
     start = 0
     for image, (cost, count) in enumerate(zip(costs, counts, strict=True)):
+        if count > cost.shape[1]:
+            warnings.warn(
+                f"an image has more objects than the {cost.shape[1]} queries: those that match "
+                "worst are not learned from",
+                stacklevel=2,
+            )
         pairs = np.array([linear_sum_assignment(layer) for layer in cost])  # (N, 2, M of the image)
         images.append(np.full(pairs.shape[-1], image))
         queries.append(pairs[:, 0])

@@ -69,6 +69,8 @@ class DETR(nn.Module):
             return self.decoder(queries, memory, self.heads)
         if len(targets) != len(images):
             raise ValueError(f"targets of {len(targets)} images for a batch of {len(images)}")
+        if not queries.content.shape[1]:
+            raise ValueError("there are no queries to train: num_queries must be positive")
         packed = pack_targets(targets, self.num_classes, images)
         noised, helped = None, Collaboration({}, {})
         if self.training and self.denoising is not None:

@@ -10,10 +10,11 @@ Exits with 1 if the data cannot be used. --write keeps what is usable, so that i
 import argparse
 import sys
 
-from ..data.annotations import write_annotations
+from ..checkpoint import CheckpointError
 from ..data.check import Checked, check_data_set, check_splits_apart
 from ..data.findings import DataError
 from ..data.layouts import find_sources
+from ..data.writing import write_annotations
 from ..diagnostics.data_page import write_page
 
 
@@ -31,15 +32,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         splits = check_sources(args.data, "heads" if args.quick else "decode")
-    except DataError as error:
+        print_findings(splits)
+        if args.page:
+            write_page(splits, args.page)
+            print(f"page: {args.page}")
+        if args.write:
+            write_annotations(splits["train"].content, args.write)
+            print(f"usable part of {splits['train'].annotations}: {args.write}")
+    except (DataError, CheckpointError) as error:
         sys.exit(str(error))
-    print_findings(splits)
-    if args.page:
-        write_page(splits, args.page)
-        print(f"page: {args.page}")
-    if args.write:
-        write_annotations(splits["train"].content, args.write)
-        print(f"usable part of {splits['train'].annotations}: {args.write}")
     if any(checked.findings.count("error") for checked in splits.values()):
         sys.exit(1)
 

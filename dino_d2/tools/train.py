@@ -11,19 +11,22 @@ Further arguments such as train.amp.enabled=True go to train_net.py.
 import argparse
 import importlib.util
 import math
+import os
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 from .. import model_zoo
-from ..data.annotations import write_annotations
+from ..checkpoint import CheckpointError
+from ..checkpoint.io import verify
 from ..data.check import Checked, check_data_set, check_splits_apart
+from ..data.coco import read_class_names
 from ..data.findings import DataError
 from ..data.layouts import find_sources, split_content
+from ..data.writing import write_annotations, write_text
 from .check_dataset import check_sources, print_findings
 
 MIN_ITERATIONS = 3000  # small data sets are passed over more often
@@ -33,6 +36,7 @@ _COCO_SHORT_EDGE = 480  # of the usual image of COCO, which the recipe enlarges 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args, overrides = _parser().parse_known_args(argv)
+    args.num_gpus = max(1, args.num_gpus)  # 0 is the CPU
     wrong = [word for word in overrides if "=" not in word or word.startswith("-")]
     if wrong:
         sys.exit(f"unknown arguments: {' '.join(wrong)}; settings have the form train.seed=1")
@@ -43,21 +47,20 @@ def main(argv: list[str] | None = None) -> None:
             f"dino_d2.tools.check_dataset {args.data}"
         )
     try:
+        config = find_config(args.model)
+        _check_init(args)
         splits = prepare(args.data, args.val, "heads" if args.quick else "decode", Path(args.out))
-        text = make_config(splits, find_config(args.model), args)
-    except (DataError, KeyError) as error:
+        text = make_config(splits, config, args)
+        path = Path(args.out) / "train_config.py"
+        write_text(text, path)
+    except (DataError, CheckpointError, KeyError) as error:
         sys.exit(f"not trained: {error.args[0]}")
-    path = Path(args.out) / "train_config.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
     print(f"\n{path}:\n\n{text}", flush=True)
     if not args.dry_run:
         command = [sys.executable, str(model_zoo.root() / "train_net.py")]
         command += ["--config-file", str(path), "--num-gpus", str(args.num_gpus), *overrides]
-        code = subprocess.run(command).returncode
-        if code == 0:
-            print(f"\nWeights, curves, logs and detections are in {args.out}.")
-        sys.exit(code)
+        print(f"Weights, curves, logs and detections will be in {args.out}.\n", flush=True)
+        os.execv(sys.executable, command)  # in this process, which gets the signals to stop
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,13 +79,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init-classes", default="coco", help="its classes: coco, coco91, or a json"
     )
-    parser.add_argument("--epochs", type=int, help=f"default 12, or {MIN_ITERATIONS} iterations")
-    parser.add_argument("--batch", type=int, help="images of all processes; default 2 for each")
+    parser.add_argument(
+        "--epochs", type=_positive, help=f"default 12, or {MIN_ITERATIONS} iterations"
+    )
+    parser.add_argument(
+        "--batch", type=_positive, help="images of all processes; default 2 for each"
+    )
     gpus = max(1, torch.cuda.device_count())
     parser.add_argument("--num-gpus", type=int, default=gpus, help="processes; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="do not decode images in the check")
     parser.add_argument("--dry-run", action="store_true", help="check and write the config only")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def _check_init(args: argparse.Namespace) -> None:
+    """Rather now than after the check of the data."""
+    if args.init:
+        read_class_names(args.init_classes)
+        if "://" not in args.init:
+            verify(args.init)
 
 
 def find_config(model: str) -> str:

@@ -34,8 +34,8 @@ def test_all_problems_are_listed_at_once_and_nothing_is_loaded():
         "the weights do not fit the model. 2 missing:",
         "  neck.bias\n  heads.bias\n2 unexpected:\n  extra.one\n  extra.two\n"
         "1 of another shape:\n  heads.weight: (5, 3) given, (1, 3) wanted\n"
-        "`skip` (train.init_skip in a config) leaves names out, by patterns; `classes` "
-        "(train.init_classes) takes classes over by their names.",
+        "`skip` (train.init_skip, in yacs MODEL.WEIGHTS_SKIP) leaves names out, by patterns; "
+        "`classes` (train.init_classes, MODEL.WEIGHTS_CLASSES) takes classes over by names.",
     ]
     assert_state(model, before)
 

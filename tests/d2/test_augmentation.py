@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dino_d2 import model_zoo
+from dino_d2.data.findings import DataError
 from dino_d2.data.shapes import make_shapes
 
 pytestmark = pytest.mark.detectron2
@@ -254,6 +255,19 @@ def test_detections_on_a_padded_square_go_back_to_the_image(entry):
     scale = example["height"] / 64
     assert example["width"] == example["height"]
     assert [x * scale for x in extent(image[0, :48] > 127)] == pytest.approx(CORNERS, abs=5)
+
+
+def test_images_are_checked(mapper, entry):
+    from dino_d2.d2.augmentation import SquareMapper, fit_into_square
+
+    Image.open(entry["file_name"]).convert("F").save(entry["file_name"], "TIFF")
+    for chosen, source in (
+        (mapper, entry),
+        (mapper, {**entry, "partner": entry}),
+        (SquareMapper(fit_into_square(64), "RGB"), entry),
+    ):
+        with pytest.raises(DataError, match=r"image 9: .*red\.png: holds floating-point values"):
+            chosen(source)
 
 
 @pytest.fixture

@@ -143,6 +143,14 @@ def test_the_mapper_gives_what_detectron2s_does(tmp_path):
     assert len(sources[0]["annotations"]) == 2
 
 
+def test_an_image_of_one_column_can_be_mirrored(tmp_path):
+    import detectron2.data.transforms as T  # noqa: N812
+
+    Image.new("RGB", (1, 9)).save(tmp_path / "line.png")
+    source = {"file_name": str(tmp_path / "line.png"), "image_id": 1}
+    assert mapper(augmentations=[T.RandomFlip(1.0)])(source)["image"].shape == (3, 9, 1)
+
+
 @pytest.mark.parametrize(
     ("picture", "message"),
     [

@@ -122,6 +122,24 @@ def test_a_key_below_a_value_or_beyond_a_list_is_an_error(cfg, key):
         override(cfg, f"{key}=1")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("train.max_iter=soon", "train.max_iter=soon must be a number, such as 88716"),
+        ("train.max_iter=true", "train.max_iter=True must be a number"),
+        ("train.seed=[1]", "train.seed=[1] must be a number"),
+        ("train.output_dir=7", "train.output_dir=7 must be a text"),
+        ("train.amp.enabled=1", "train.amp.enabled=1 must be true or false, such as False"),
+        ("model.detector.in_features.0=3", "in_features.0=3 must be a text"),
+    ],
+)
+def test_a_value_of_another_kind_is_an_error(cfg, given, message):
+    from dino_d2.d2.config import ConfigError
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        override(cfg, given)
+
+
 def test_one_bad_override_leaves_everything_as_it_was(cfg):
     from omegaconf import OmegaConf
 

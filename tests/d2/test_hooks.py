@@ -230,6 +230,20 @@ def test_the_best_evaluation_is_kept():
     assert saved == {"model_best": {"iteration": 5, "metrics": {"bbox/AP": 41.0}}}
 
 
+def test_a_metric_that_nobody_finds_is_told(caplog):
+    from dino_d2.d2.hooks import BestCheckpointer
+
+    hook = BestCheckpointer(Saved(), "bbox/APP")
+    run_hook(hook, evaluations(20.0, 41.0))
+    hook.after_train()
+    assert "no evaluation has found 'bbox/APP', only bbox/AP" in caplog.text
+    caplog.clear()
+    hook = BestCheckpointer(Saved(), "bbox/AP")
+    run_hook(hook, [(0, {"lr": 1.0})])  # nothing was evaluated
+    hook.after_train()
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(("start", "kept"), [(7, 41.0), (0, 31.0)])
 def test_a_run_that_resumes_knows_the_best(tmp_path, start, kept):
     from dino_d2.checkpoint.io import peek

@@ -5,6 +5,8 @@ import torch
 from detectron2_inputs import make_input, tiny_model
 from tiny import NUM_CLASSES, tiny_dino
 
+from dino_d2.errors import TargetError
+
 pytestmark = pytest.mark.detectron2
 
 
@@ -237,3 +239,17 @@ def test_a_swin_takes_images_of_any_size():
     with torch.no_grad():
         (found,) = model([{"image": torch.zeros(3, 101, 131, dtype=torch.uint8)}])
     assert found["instances"].image_size == (101, 131)
+
+
+def test_what_is_no_image_is_named():
+    image = make_input()["image"]
+    with pytest.raises(ValueError, match=r"image 0 of the batch must be .* it is \(1, 64, 96\)"):
+        tiny_model().eval()([{"image": image[:1]}])
+    with pytest.raises(ValueError, match="at least one image"):
+        tiny_model().eval()([])
+
+
+def test_objects_of_another_size_of_image_are_an_error():
+    source = {**make_input(32, 48), "image": make_input()["image"], "file_name": "b.png"}
+    with pytest.raises(TargetError, match=r"of an image of \(32, 48\), not of \(64, 96\) \(b\.png"):
+        tiny_model()([make_input(), source])

@@ -57,6 +57,17 @@ def test_what_is_no_picture_is_an_error(predictor, picture):
         predictor(picture)
 
 
+@pytest.mark.parametrize("size", [(0, 9, 3), (0, 0, 3)])
+def test_an_empty_picture_is_an_error(predictor, size):
+    with pytest.raises(ValueError, match="a picture must be"):
+        predictor(np.zeros(size, np.uint8))
+
+
+def test_a_picture_that_opencv_cannot_read_is_an_error(predictor):
+    with pytest.raises(ValueError, match=r"not NoneType; cv2\.imread returns None"):
+        predictor(None)
+
+
 def test_it_needs_weights(predictor):
     from dino_d2.d2 import Predictor
 

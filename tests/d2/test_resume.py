@@ -139,3 +139,31 @@ def test_a_signal_saves_the_step_and_ends(whole, data, tmp_path, monkeypatch, nu
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     assert_same(tmp_path / "model_0000002.pth", whole / "model_0000002.pth")
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_may_come_as_early_as_in_the_second_step(data, tmp_path, monkeypatch):
+    from dino_d2.d2 import Trainer
+
+    method = Trainer.run_step
+
+    def interrupted(self):
+        if self.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        method(self)
+
+    monkeypatch.setattr(Trainer, "run_step", interrupted)
+    with pytest.raises(SystemExit):
+        run(tmp_path, data)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+def test_a_run_that_is_behind_its_end_is_named(data, tmp_path):
+    run(tmp_path, data, steps=2)
+    with pytest.raises(ValueError, match=r"is at step 2, but training is to end at 1"):
+        run(tmp_path, data, resume=True, steps=1)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5])
+def test_a_length_that_is_none_is_an_error(data, tmp_path, steps):
+    with pytest.raises(ValueError, match=f"max_iter must be an integer above 0, not {steps}"):
+        run(tmp_path, data, f"train.max_iter={steps}")

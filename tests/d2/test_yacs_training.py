@@ -2,6 +2,9 @@
 
 import copy
 import json
+import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -152,3 +155,137 @@ def test_another_number_of_classes_is_refused(tiny):
     tiny.MODEL.DINO.NUM_CLASSES = 80
     with pytest.raises(ValueError, match=r"has 3 classes .*; set MODEL\.DINO\.NUM_CLASSES 3"):
         DetrTrainer(tiny)
+
+
+def start(cfg, out, resume=False, **settings):
+    """Our trainer, in a folder of its own."""
+    from dino_d2.d2 import DetrTrainer
+
+    torch.manual_seed(0)
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(out)
+    cfg.merge_from_list([part for pair in settings.items() for part in pair])
+    out.mkdir(exist_ok=True)
+    trainer = DetrTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def run(*arguments, hook=None, **settings):
+    """Train; returns the trainer."""
+    trainer = start(*arguments, **settings)
+    trainer.register_hooks([hook])
+    trainer.train()
+    return trainer
+
+
+def at_the_end_of(step, action):
+    from detectron2.engine import hooks
+
+    return hooks.CallbackHook(after_step=lambda t: t.iter == step and action(t))
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+LONGER = {"SOLVER.MAX_ITER": 4, "SOLVER.EMA_DECAY": 0.9, "TEST.EVAL_PERIOD": 0, "DATASETS.TEST": ()}
+
+
+def test_training_that_is_stopped_goes_on_as_if_it_had_not_been(tiny, tmp_path):
+    from dino_d2.d2.stopping import Stopped
+
+    tiny.merge_from_list([part for pair in LONGER.items() for part in pair])
+    run(tiny, tmp_path / "whole", SEED=1)
+    kill = at_the_end_of(1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):  # after the step that follows, as the hook comes last
+        run(tiny, tmp_path / "stopped", hook=kill, SEED=1)
+    assert sorted(x.name for x in (tmp_path / "stopped").glob("*.pth")) == ["model_0000002.pth"]
+    trainer = run(tiny, tmp_path / "stopped", resume=True, SEED=1)
+    assert trainer.start_iter == 3
+    for name in ("model_final", "model_final_ema"):
+        whole, stopped = (weights_of(tmp_path / x / f"{name}.pth") for x in ("whole", "stopped"))
+        assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+
+
+def test_averages_parts_of_batches_and_the_best_weights(tiny, tmp_path):
+    settings = {"SOLVER.EMA_DECAY": 0.9, "SOLVER.ACCUMULATE": 2, "TEST.BEST_METRIC": "ema/bbox/AP"}
+    trainer = start(tiny, tmp_path / "out", **settings)
+    sizes = []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    trainer.train()
+    assert sizes[:4] == [1, 1, 1, 1]
+    final, average, best = (
+        weights_of(tmp_path / "out" / f"{name}.pth")
+        for name in ("model_final", "model_final_ema", "model_best")
+    )
+    name = "detector.heads.class_heads.0.bias"
+    assert not torch.equal(final[name], average[name])
+    assert torch.equal(best[name], average[name])
+    lines = (tmp_path / "out" / "metrics.json").read_text()
+    assert '"ema/bbox/AP"' in lines
+    assert '"bbox/AP"' in lines
+
+
+def test_a_weight_that_is_not_finite_ends_training_without_a_checkpoint(tiny, tmp_path):
+    def ruin(trainer):
+        next(trainer.model.parameters()).data.fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match="not finite in iteration 1"):
+        run(tiny, tmp_path / "out", hook=at_the_end_of(0, ruin), **{"SOLVER.MAX_ITER": 3})
+    assert list((tmp_path / "out").glob("model_*.pth")) == []
+
+
+@pytest.fixture
+def first(tiny, tmp_path):
+    """Weights of a run."""
+    return start(tiny, tmp_path / "first").model.state_dict()
+
+
+def from_weights(cfg, out, weights, **settings):
+    torch.save(weights, out.with_suffix(".pth"))
+    return start(cfg, out, **{"MODEL.WEIGHTS": str(out.with_suffix(".pth")), **settings}).model
+
+
+def test_weights_to_start_from_must_fit(tiny, tmp_path, first):
+    from dino_d2.checkpoint import CheckpointError
+
+    other = {name: tensor + 1 for name, tensor in first.items()}
+    prefix = "detector.backbone."
+    bare = {n.removeprefix(prefix): t for n, t in other.items() if n.startswith(prefix)}
+    for name, weights in (("whole", other), ("backbone", bare)):
+        mine = from_weights(tiny, tmp_path / name, weights).state_dict()
+        loaded = {key for key in first if torch.equal(mine[key], other[key])}
+        assert loaded == {key for key in first if name == "whole" or key.startswith(prefix)}
+    renamed = {name.replace("decoder", "recorder"): tensor for name, tensor in first.items()}
+    with pytest.raises(CheckpointError, match=r"unexpected:\s+detector\.recorder"):
+        from_weights(tiny, tmp_path / "renamed", renamed)
+
+
+def test_classes_of_weights_are_taken_over_by_name(tiny, tmp_path, first):
+    from dino_d2.checkpoint import CheckpointError
+
+    of_classes = [n for n in first if "class_head" in n or "label_embed" in n]
+    others = {**first, **{n: first[n][:-1] + 1 for n in of_classes}}
+    names = [{"id": i, "name": name} for i, name in enumerate(["circle", "dog"])]
+    content = {"images": [], "annotations": [], "categories": names}
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"MODEL\.WEIGHTS_CLASSES"):
+        from_weights(tiny, tmp_path / "a", others)
+    classes = {"MODEL.WEIGHTS_CLASSES": str(tmp_path / "two.json")}
+    mine = from_weights(tiny, tmp_path / "b", others, **classes).state_dict()
+    name = "detector.heads.class_heads.0.bias"
+    assert mine[name][0] == others[name][0]
+    skipped = from_weights(tiny, tmp_path / "c", others, **{"MODEL.WEIGHTS_SKIP": of_classes})
+    assert torch.equal(skipped.state_dict()[name], first[name])
+
+
+def test_masks_are_told_to_have_no_effect(caplog, monkeypatch):
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    cfg = load(NAMES[1])
+    cfg.MODEL.MASK_ON = True
+    with torch.device("meta"):
+        META_ARCH_REGISTRY.get("DINO")(cfg)
+    assert "DINO finds boxes only: no effect of MODEL.MASK_ON" in caplog.text

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from bad_data import CONTENT, GONE, added, changed, with_boxes
 
-from dino_d2.data.annotations import check_annotations, read_annotations, write_annotations
+from dino_d2.data.annotations import check_annotations, read_annotations
 from dino_d2.data.findings import DataError, Findings
+from dino_d2.data.writing import write_annotations
 
 
 def check(content):
@@ -89,6 +90,8 @@ REFUSED = {
     ),
     "class id a string": (changed(categories={"id": "2"}), 'categories[1]: id "2"'),
     "class without a name": (changed(categories={"name": " "}), 'categories[1], id 2: " "'),
+    "class of half a character": (changed(categories={"name": "\ud800"}), r'id 2: "\ud800"'),
+    "file of half a character": (changed(images={"file_name": "\ud800"}), r'file_name "\ud800"'),
 }
 
 
@@ -152,6 +155,13 @@ def test_too_many_drops_are_an_error():
         findings.raise_errors()
 
 
+@pytest.mark.parametrize("number", [1, 6])
+def test_to_drop_all_is_an_error_however_few(number):
+    findings = check(with_boxes([[1, 1, 0, 5]] * number))[1]
+    with pytest.raises(DataError, match=f"{number} of {number} annotations would be dropped"):
+        findings.raise_errors()
+
+
 def random_boxes(number=40, width=80, height=60):
     rng = np.random.default_rng(0)
     corners = rng.random((number, 2)) * 0.6 * (width, height)
@@ -160,14 +170,16 @@ def random_boxes(number=40, width=80, height=60):
 
 READINGS = {
     "two corners": lambda b: np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]),
+    "two corners, y first": lambda b: np.hstack([b[:, :2], b[:, :2] + b[:, 2:]])[:, [1, 0, 3, 2]],
+    "y first": lambda b: b[:, [1, 0, 3, 2]],
     "centre and size": lambda b: np.hstack([b[:, :2] + b[:, 2:] / 2, b[:, 2:]]),
-    "relative to the image": lambda b: b / (80, 60, 80, 60),
+    "relative to the image": lambda b: b / (160, 60, 160, 60),
 }
 
 
 @pytest.mark.parametrize("name", READINGS)
 def test_boxes_of_another_format_are_refused(name):
-    findings = check(with_boxes(READINGS[name](random_boxes())))[1]
+    findings = check(with_boxes(READINGS[name](random_boxes(width=160)), width=160))[1]
     assert any(f"boxes look like {name}" in line or f"boxes are {name}" in line
                for line in lines(findings, "error"))  # fmt: skip
 
@@ -264,6 +276,11 @@ def test_nothing_to_detect_is_allowed_and_told(entries):
     notes = "\n".join(lines(findings, "note"))
     assert "images without objects: trained on as background: 2" in notes
     assert "classes without any object: 2 (dog; cat)" in notes
+
+
+def test_class_names_that_look_the_same_are_told():
+    findings = check(changed(categories={"name": "Cat "}))[1]
+    assert "class names that differ in case or spaces only: 1 (cat)" in lines(findings, "note")[0]
 
 
 def test_what_is_there_twice_is_told():

@@ -10,6 +10,7 @@ from PIL import Image
 from dino_d2.data.check import check_data_set, check_splits_apart, load_checked, read_entry
 from dino_d2.data.coco import CocoBoxes
 from dino_d2.data.findings import DataError
+from dino_d2.data.layouts import find_images
 
 
 def messages(checked, *levels):
@@ -34,6 +35,21 @@ def test_missing_sizes_are_read_from_the_files(tmp_path):
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match=r"without a size.*image 9: .*b\.png: does not exist"):
         load_checked(*paths)
+
+
+def test_file_names_of_windows_are_converted(tmp_path):
+    content = changed(images={"file_name": r"c\b.png"})
+    content["images"][0]["file_name"] = r"c\a.png"
+    path, _ = write(tmp_path, content)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "b.png").rename(tmp_path / "c" / "b.png")
+    (tmp_path / "a.png").rename(tmp_path / r"c\a.png")  # has this name
+    assert find_images(path) == tmp_path
+    checked = check_data_set(path, tmp_path)
+    (finding,) = checked.findings.all("error", "converted")
+    assert finding.reason == "file_name with backslashes, which become slashes"
+    assert finding.places == (r"c\b.png",)
+    assert [i["file_name"] for i in checked.content["images"]] == [r"c\a.png", "c/b.png"]
 
 
 def test_a_path_that_leaves_the_folder_is_an_error(tmp_path):

@@ -55,6 +55,7 @@ def test_usual_layouts(tmp_path, layout):
 
 def test_a_pair_is_taken_as_it_is():
     assert [*map(str, find_sources("a/b.json:c/d")["train"])] == ["a/b.json", "c/d"]
+    assert [*map(str, find_sources("a:1/b.JSON:c:2")["train"])] == ["a:1/b.JSON", "c:2"]
 
 
 def test_captions_and_keypoints_of_coco_are_left_alone(tmp_path):
@@ -74,11 +75,40 @@ def test_what_is_not_clear_is_an_error(tmp_path):
     shutil.copy(path, tmp_path / "other.json")
     with pytest.raises(DataError, match=r"several jsons for train: annotations\.json, other\.json"):
         find_sources(tmp_path)
+    with pytest.raises(DataError, match="the name of the data set is empty"):
+        find_sources("")
+    (tmp_path / "empty.json").write_text(json.dumps({**CONTENT, "images": []}))
+    with pytest.raises(DataError, match=r"empty\.json: there are no images"):
+        find_sources(tmp_path / "empty.json")
     lonely = tmp_path / "lonely" / "far"
     lonely.mkdir(parents=True)
     shutil.copy(path, lonely / "lonely.json")
     with pytest.raises(DataError, match=r"in no folder near it; give .*lonely\.json:image_folder"):
         find_sources(lonely / "lonely.json")
+
+
+def test_a_split_whose_json_is_damaged_is_an_error(tmp_path):
+    """Rather than to train without it."""
+    path, folder = write(tmp_path)
+    shutil.copy(path, folder / "val.json")
+    assert find_sources(folder)["val"].annotations == folder / "val.json"
+    for name in ("val.json", "train.json"):
+        (folder / name).write_text(path.read_text()[:-9])
+        with pytest.raises(DataError, match=rf"{name}: not valid json, perhaps cut off"):
+            find_sources(folder)
+        (folder / name).unlink()
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"no COCO-format json .*annotations\.json: holds a list"):
+        find_sources(folder)
+
+
+def test_odd_names_of_files(tmp_path):
+    path, folder = write(tmp_path)
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "a" * 5000
+    (folder / "LABELS.JSON").write_text(json.dumps(content))
+    path.unlink()
+    assert find_sources(folder)["train"] == (folder / "LABELS.JSON", folder)
 
 
 def many(number):

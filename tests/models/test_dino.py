@@ -211,9 +211,15 @@ def test_mixed_precision_is_close_to_single(dtype):
 
 def test_more_objects_than_queries():
     model = tiny_dino(num_queries=4).train()
-    losses = model(*tiny_batch(), tiny_targets(9, 1))
+    with pytest.warns(UserWarning, match="an image has more objects than the 4 queries"):
+        losses = model(*tiny_batch(), tiny_targets(9, 1))
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_no_queries_are_an_error():
+    with pytest.raises(ValueError, match="num_queries must be positive"):
+        tiny_dino(num_queries=0).train()(*tiny_batch(), tiny_targets(2, 1))
 
 
 def test_fewer_tokens_than_queries():

@@ -52,6 +52,13 @@ def test_no_data_is_an_error(tmp_path):
         check_dataset.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("option", ["--page", "--write"])
+def test_what_cannot_be_written_is_an_error(shapes, tmp_path, option):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"file/x: cannot be written \(Not a directory\)"):
+        check_dataset.main([str(shapes), option, str(tmp_path / "file" / "x")])
+
+
 def test_what_is_usable_can_be_kept(shapes, tmp_path, capsys):
     spoil(shapes, category_id=99)
     (shapes.parent / "images" / "000002.jpg").write_bytes(b"")
@@ -87,7 +94,7 @@ def test_a_page_of_nothing(tmp_path):
     content = {
         "images": [{"id": 1, "file_name": "$<b>.png", "width": 4, "height": 4}],
         "annotations": [],
-        "categories": [{"id": 1, "name": "$x<script>"}],
+        "categories": [{"id": 1, "name": r"\$x<script>$"}],
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
     checked = check_data_set(tmp_path / "a.json", tmp_path)

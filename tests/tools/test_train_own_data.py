@@ -84,7 +84,8 @@ def test_everything_is_derived_from_the_data(tmp_path, capsys):
         make_shapes(tmp_path / "data" / split, count, 96, seed=count)
     out = tmp_path / "out"
     arguments = ["--data", str(tmp_path / "data"), "--out", str(out), "--batch", "8", "--dry-run"]
-    train.main([*arguments, "--init", "dino.pth"])
+    (tmp_path / "dino.pth").touch()
+    train.main([*arguments, "--init", str(tmp_path / "dino.pth")])
     cfg, text = load(out), (out / "train_config.py").read_text()
     assert text in capsys.readouterr().out
     assert cfg.model.detector.num_classes == 3
@@ -94,7 +95,7 @@ def test_everything_is_derived_from_the_data(tmp_path, capsys):
     assert cfg.optimizer.lr == pytest.approx(1e-4 / 2)  # half the recipe's batch
     assert cfg.train.max_iter == train.MIN_ITERATIONS
     assert cfg.train.eval_period == cfg.train.checkpointer.period == train.MIN_ITERATIONS / 20
-    assert cfg.train.init_checkpoint == "dino.pth"
+    assert cfg.train.init_checkpoint == str(tmp_path / "dino.pth")
     assert cfg.train.init_classes == "coco"
     resize = cfg.dataloader.test.mapper.augmentations[0]
     assert 100 < resize.short_edge_length < 170  # 72 to 96 pixels, enlarged as COCO's 480 to 800
@@ -156,6 +157,39 @@ def test_unknown_arguments_and_models_are_named(tmp_path):
         SystemExit, match=r"not trained: no config for 'yolo'; there are .*dino_r50"
     ):
         run(tmp_path, CONTENT, "--model", "yolo")
+
+
+@pytest.mark.usefixtures("_with_detectron2")
+def test_wrong_arguments_are_told_before_the_data_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "prepare", None)
+    with pytest.raises(SystemExit, match=r"not trained: x\.pth: there is no such file"):
+        run(tmp_path, CONTENT, "--init", "x.pth")
+    with pytest.raises(SystemExit, match=r"not trained: names: there is no such file"):
+        run(tmp_path, CONTENT, "--init", "x.pth", "--init-classes", "names")
+    for option in ("--epochs", "--batch"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, CONTENT, option, "0")
+        assert f"argument {option}: 0 is not above 0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_with_detectron2")
+def test_the_process_becomes_that_of_training(tmp_path, monkeypatch):
+    """So that signals to stop reach it; a parent would kill it in its last step."""
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
+    data = ":".join(map(str, write(tmp_path / "data")))
+    train.main(["--data", data, "--out", str(tmp_path / "out"), "--num-gpus", "0", "train.seed=1"])
+    (command,) = commands
+    assert command[0] == sys.executable
+    assert command[-5:] == ["--config-file", str(tmp_path / "out" / "train_config.py"),
+                            "--num-gpus", "1", "train.seed=1"]  # fmt: skip
+
+
+@pytest.mark.usefixtures("_with_detectron2")
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit, match=r"not trained: .*out/data/.* cannot be written"):
+        run(tmp_path)
 
 
 def test_without_detectron2_it_says_what_to_do(tmp_path, monkeypatch):
