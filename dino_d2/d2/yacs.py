@@ -4,6 +4,7 @@ import logging
 import weakref
 
 import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
@@ -96,6 +97,9 @@ class DetrTrainer(DefaultTrainer):
             load_weights(model, weights, skip=self.cfg.MODEL.WEIGHTS_SKIP, classes=classes)
         else:
             backbone = model.detector.backbone
+            if any(name in weights for name in ("conv1_w", "res2_0_branch2a_w")):
+                weights = _from_caffe2(weights)
+                _warn_of_other_pixels(self.cfg, path)
             load_backbone(getattr(backbone, "bottom_up", backbone), weights)  # of an FPN
         logger.info("Weights loaded from %s", path)
 
@@ -187,6 +191,33 @@ class DetrTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         """COCO's average precision of boxes."""
         return coco_evaluator(dataset_name, cfg.OUTPUT_DIR)
+
+
+def _from_caffe2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a ResNet with Detectron2's names, and with the statistics that Caffe2 left out
+    after it had made them part of the weights.
+    """
+    named, _ = convert_c2_detectron_names(weights)
+    result = {name: tensor for name, tensor in named.items() if not name.startswith("fc1000.")}
+    for name, tensor in named.items():
+        if name.endswith("norm.weight"):
+            norm = name.removesuffix("weight")
+            result.setdefault(norm + "running_mean", torch.zeros_like(tensor))
+            result.setdefault(norm + "running_var", torch.ones_like(tensor))
+    return result
+
+
+def _warn_of_other_pixels(cfg: CfgNode, path: str) -> None:
+    wanted = {"INPUT.FORMAT": "BGR", "MODEL.RESNETS.STRIDE_IN_1X1": True}
+    given = {"INPUT.FORMAT": cfg.INPUT.FORMAT,
+             "MODEL.RESNETS.STRIDE_IN_1X1": cfg.MODEL.RESNETS.STRIDE_IN_1X1}  # fmt: skip
+    if given != wanted:
+        logger.warning(
+            "%s has the weights of a Caffe2 model, whose makers had %s and a MODEL.PIXEL_MEAN and "
+            "PIXEL_STD of their own; this config has %s. Detectron2's "
+            "ImageNetPretrained/torchvision/R-50.pkl is what the shipped configs fit.",
+            *(path, wanted, given),
+        )
 
 
 def _mapper(cfg: CfgNode, is_train: bool) -> CheckedMapper:

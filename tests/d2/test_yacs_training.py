@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import pickle
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from shapes_run import make_data
 
 from dino_d2 import model_zoo
+from dino_d2.checkpoint import CheckpointError
 
 pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("one_thread")]
 
@@ -248,8 +250,6 @@ def from_weights(cfg, out, weights, **settings):
 
 
 def test_weights_to_start_from_must_fit(tiny, tmp_path, first):
-    from dino_d2.checkpoint import CheckpointError
-
     other = {name: tensor + 1 for name, tensor in first.items()}
     prefix = "detector.backbone."
     bare = {n.removeprefix(prefix): t for n, t in other.items() if n.startswith(prefix)}
@@ -263,8 +263,6 @@ def test_weights_to_start_from_must_fit(tiny, tmp_path, first):
 
 
 def test_classes_of_weights_are_taken_over_by_name(tiny, tmp_path, first):
-    from dino_d2.checkpoint import CheckpointError
-
     of_classes = [n for n in first if "class_head" in n or "label_embed" in n]
     others = {**first, **{n: first[n][:-1] + 1 for n in of_classes}}
     names = [{"id": i, "name": name} for i, name in enumerate(["circle", "dog"])]
@@ -289,3 +287,39 @@ def test_masks_are_told_to_have_no_effect(caplog, monkeypatch):
     with torch.device("meta"):
         META_ARCH_REGISTRY.get("DINO")(cfg)
     assert "DINO finds boxes only: no effect of MODEL.MASK_ON" in caplog.text
+
+
+def test_weights_of_caffe2_are_loaded_and_what_they_want_is_told(
+    tiny, tmp_path, caplog, monkeypatch
+):
+    """As ImageNetPretrained/MSRA/R-50.pkl, with which most existing projects start."""
+    from dino_d2.d2 import DetrTrainer
+
+    tiny.MODEL.RESNETS.DEPTH, tiny.MODEL.RESNETS.RES2_OUT_CHANNELS = 50, 8
+    trainer = DetrTrainer(tiny)
+    backbone = trainer.model.detector.backbone
+    kinds = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
+    weights = {"conv1_w": "stem.conv1.weight", "res_conv1_bn_s": "stem.conv1.norm.weight",
+               "res_conv1_bn_b": "stem.conv1.norm.bias"}  # fmt: skip
+    for name in backbone.state_dict():
+        stage, block, kind, what = (*name.split(".", 3), "")[:4]
+        ends = {"weight": "w", "norm.weight": "bn_s", "norm.bias": "bn_b"}
+        if stage.startswith("res") and what in ends:
+            weights[f"{stage}_{block}_{kinds[kind]}_{ends[what]}"] = name
+    given = {theirs: torch.rand_like(backbone.state_dict()[n]) for theirs, n in weights.items()}
+    arrays = {name: tensor.numpy() for name, tensor in given.items()}
+    arrays["fc1000_w"] = arrays["conv1_w"][:1]
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Caffe2"}))
+    tiny.MODEL.WEIGHTS = str(path)
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    trainer.resume_or_load(resume=False)
+    assert "whose makers had {'INPUT.FORMAT': 'BGR'" in caplog.text
+    loaded = backbone.state_dict()
+    assert len(given) == 3 * 53
+    for theirs, name in weights.items():
+        torch.testing.assert_close(loaded[name], given[theirs], rtol=0, atol=0)
+    del given["res4_5_branch2b_w"], arrays["res4_5_branch2b_w"]
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Caffe2"}))
+    with pytest.raises(CheckpointError, match=r"res4\.5\.conv2\.weight"):
+        trainer.resume_or_load(resume=False)
