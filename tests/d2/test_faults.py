@@ -297,19 +297,27 @@ def test_no_damage_loads_silently(tmp_path, checksum):
 
 
 def test_integrity_costs_little(tmp_path):
-    """200 MiB."""
-    from dino_d2.checkpoint.io import replace_file, verify
+    """Of 200 MiB on the disk, the best of some rounds: checks, checksum and tag against none."""
+    from dino_d2.checkpoint.io import verify
 
-    content, path = {"weight": torch.randn(50, 1024, 1024)}, tmp_path / "model.pth"
-    start = time.perf_counter()
-    torch.save(content, tmp_path / "plain.pth")
-    plain = time.perf_counter() - start
-    start = time.perf_counter()
-    replace_file(path, lambda file: torch.save(content, file))
-    ours = time.perf_counter() - start
-    start = time.perf_counter()
-    verify(path)
-    report(
-        "200 MiB, s: plain save / ours, on the disk and with checksum / verification",
-        f"{plain:.2f} / {ours:.2f} / {time.perf_counter() - start:.2f}",
-    )
+    saver = checkpointer(tmp_path, 52_429)
+    seconds = {"plain": [], "ours": [], "verification": []}
+
+    def plain(path):
+        with path.open("wb") as file:
+            torch.save({"model": saver.model.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    for _ in range(5 if FULL else 1):
+        for name, action in (
+            ("plain", lambda: plain(tmp_path / "plain")),
+            ("ours", lambda: saver.save("model")),
+            ("verification", lambda: verify(tmp_path / "model.pth")),
+        ):
+            start = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: min(of_rounds) for name, of_rounds in seconds.items()}
+    report("200 MiB on the disk, s", ", ".join(f"{k} {v:.2f}" for k, v in best.items()))
+    assert not FULL or best["ours"] - best["plain"] < 0.3
