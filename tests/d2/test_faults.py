@@ -201,22 +201,39 @@ def test_a_dead_process_ends_the_job(data, tmp_path, what):
 
 
 @only_full
-@pytest.mark.parametrize("what", ["hang", "stop"])
-def test_a_hung_process_is_named_and_ends_the_job(data, tmp_path, what):
-    fault = "none 0 0" if what == "stop" else "hang 2 1"
-    with Job(tmp_path, data, "train.hang_timeout=5", processes=2, fault=fault) as job:
+@pytest.mark.parametrize("torchrun", [False, True])
+@pytest.mark.parametrize(("what", "rank"), [("hang", 1), ("stop", 1), ("stop", 0)])
+def test_a_hung_process_is_named_and_ends_the_job(data, tmp_path, what, rank, torchrun):
+    """Also a frozen one, which no SIGTERM can end; process 0 may have the store with it."""
+    fault = "none 0 0" if what == "stop" else f"hang 2 {rank}"
+    settings = {"processes": 2, "fault": fault, "torchrun": torchrun}
+    with Job(tmp_path, data, "train.hang_timeout=5", **settings) as job:
         job.reach(1)
         start = time.time()
         if what == "stop":
-            os.kill(job.children()[-1], signal.SIGSTOP)
+            os.kill(job.children()[rank], signal.SIGSTOP)
         assert job.process.wait(60) == 1
         seconds = time.time() - start
-        assert "process 1 hangs: nothing has moved for 5 seconds" in job.output()
+        reason = "(nothing has moved|it does not answer, and nothing has moved) for 5 seconds"
+        assert re.search(f"process {rank} hangs: {reason}", job.output())
         assert job.children() == []
+    case = f"{what} {rank}, {'torchrun' if torchrun else 'train_net.py'}"
     report(
-        f"hung process ({what}), timeout 5 s: named; seconds until all had ended", f"{seconds:.1f}"
+        f"hung process ({case}), timeout 5 s: named; seconds until all had ended", f"{seconds:.1f}"
     )
     assert seconds < 5 + 35
+
+
+@only_full
+def test_an_evaluation_may_take_longer_than_a_hung_step(data, tmp_path):
+    """Though process 0 works, and the others wait for it."""
+    settings = [
+        "train.hang_timeout=3",
+        "train.eval_period=1",
+        "dataloader.evaluator._target_=faulty.SlowEvaluator",
+    ]
+    with Job(tmp_path, data, *settings, processes=2, steps=2) as job:
+        assert job.process.wait(120) == 0, job.output()
 
 
 @only_full
