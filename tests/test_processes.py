@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dino_d2 import processes
-from dino_d2.processes import average_count, average_over_processes
+from dino_d2.processes import alone, average_count, average_over_processes
 
 LIKE = torch.zeros(())
 
@@ -24,3 +24,10 @@ def test_the_average_over_processes(as_rank_of_two, count, expected):
 def test_processes_without_objects_count_one(as_rank_of_two, monkeypatch):
     monkeypatch.setattr(processes.distributed, "all_reduce", lambda total: total)
     assert average_count(0, LIKE) == 1
+
+
+def test_a_process_alone_averages_over_itself(as_rank_of_two):
+    with alone():
+        assert average_count(4, LIKE) == 4
+        assert average_over_processes(torch.tensor(4.0)) == 4
+    assert average_count(4, LIKE) == 5.5

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -118,6 +119,13 @@ def _below(prefix: str, names: Mapping) -> list[str]:
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
+def all_finite(tensor: Tensor) -> Tensor:
+    """Whether all numbers are, as a tensor (); by the extremes, far faster than one by one."""
+    if not tensor.numel():
+        return tensor.new_ones((), dtype=torch.bool)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()
+
+
 def check_names(
     weights: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
@@ -150,9 +158,7 @@ def check_names(
         "of another shape": misshapen,
         "not floating-point numbers": integers,
         "not finite": [
-            name
-            for name in both
-            if not weights[name].is_meta and not weights[name].isfinite().all()
+            name for name in both if not weights[name].is_meta and not all_finite(weights[name])
         ],
     }
     lines = [

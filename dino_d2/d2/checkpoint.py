@@ -13,6 +13,7 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 
 from ..checkpoint import CheckpointError, ClassNames, load_weights
 from ..checkpoint.io import find_weights, peek, read_content, replace_file, verify
+from ..checkpoint.load import all_finite
 from .sharding import gather, is_sharded
 
 logger = logging.getLogger("detectron2.dino_d2")
@@ -166,7 +167,7 @@ def _refuse_non_finite(weights: dict[str, torch.Tensor]) -> None:
     numbers = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
     if not numbers:
         return
-    finite = torch.stack([tensor.isfinite().all() for tensor in numbers.values()]).tolist()
+    finite = torch.stack([all_finite(tensor) for tensor in numbers.values()]).tolist()
     bad = [name for name, good in zip(numbers, finite, strict=True) if not good]
     if bad:
         raise FloatingPointError(

@@ -15,7 +15,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 from detectron2.engine import HookBase
@@ -28,6 +29,7 @@ logger = logging.getLogger("detectron2.dino_d2")
 # While one process evaluates, the others wait for it. In training, `HangHook` waits less.
 TIMEOUT = timedelta(hours=1)
 GRACE = 1.5  # seconds in which a process may end by itself after another has died, then by SIGTERM
+JUDGEMENT = 15  # seconds in which all reports are to be had
 PHASES = ("", "loading data", "forward pass", "backward pass", "sharing metrics", "after the step")
 
 
@@ -148,36 +150,59 @@ class Report(NamedTuple):
 class HangHook(HookBase):
     """Ends a process that has waited too long for another one, and says for which.
 
-    Every process tells the others, through the store that they met at, what it is doing.
+    Every process tells the others, through the store that they met at, what it is doing. One that
+    cannot end itself, because it is frozen, is killed by those on the same machine: a launcher's
+    SIGTERM does not reach it.
 
     Args:
         timeout: seconds. It does not count while all do the same in the first step, which may
-            compile, or after a step, where all wait for an evaluation.
+            compile, nor in an evaluation after a step, unless a process is frozen for all of them.
     """
 
     def __init__(self, timeout: float):
         self.timeout, self._ended = timeout, threading.Event()
+        self._earlier: list[Report] = []  # when this process last judged
 
     def before_train(self) -> None:
         """Start to watch."""
         store = distributed.distributed_c10d._get_default_store()
         self._store = distributed.PrefixStore("progress", store)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._handles = _handles(comm.all_gather((_machine(), os.getpid())))
+        for action in (self._tell, self._watch):
+            threading.Thread(target=action, daemon=True).start()
 
     def after_train(self) -> None:
         """End it."""
         self._ended.set()
 
-    def _watch(self) -> None:
-        seen, since, beat = None, 0.0, 0
-        while not self._ended.wait(min(1, self.timeout / 10)):
-            now, beat = (self.trainer.iter, PHASES.index(self.trainer.phase)), beat + 1
-            if now != seen:
-                seen, since = now, time.monotonic()
+    def _wait(self) -> bool:
+        """For the next look; False at the end."""
+        return not self._ended.wait(min(1, self.timeout / 10))
+
+    def _progress(self) -> tuple[int, int]:
+        return self.trainer.iter, PHASES.index(self.trainer.phase)
+
+    def _tell(self) -> None:
+        beat = 0
+        while self._wait():
+            beat += 1
             with contextlib.suppress(distributed.DistError):  # process 0 is gone
-                self._store.set(str(comm.get_rank()), json.dumps([*now, beat, *_place()]))
+                report = json.dumps([*self._progress(), beat, *_place()])
+                self._store.set(str(comm.get_rank()), report)
+
+    def _watch(self) -> None:
+        """Uses the store in other threads only: process 0 may be frozen, and with it the store."""
+        seen, since = None, 0.0
+        while self._wait():
+            if self._progress() != seen:
+                seen, since = self._progress(), time.monotonic()
             if time.monotonic() - since > self.timeout:
-                threading.Thread(target=self._judge, daemon=True).start()
+                judge = threading.Thread(target=self._judge, daemon=True)
+                judge.start()
+                judge.join(JUDGEMENT)
+                if judge.is_alive() and not self._ended.is_set():
+                    since_when = f"nothing has moved for {self.timeout} seconds"
+                    self._end(f"process 0 hangs: it does not answer, and {since_when}", [0])
                 since = time.monotonic()
 
     def _judge(self) -> None:
@@ -189,19 +214,25 @@ class HangHook(HookBase):
         except distributed.DistError as error:
             if self._ended.is_set():
                 return
-            _end(f"process 0 does not answer ({error})")
+            self._end(f"process 0 does not answer ({error})", [0])
         moved = [new[:2] != old[:2] for old, new in zip(before, reports, strict=True)]
         if any(moved) or self._ended.is_set():
             return
-        guilty = find_guilty(before, reports)
-        first, phase, *_ = reports[comm.get_rank()]
-        if not guilty and (first == self.trainer.start_iter or PHASES[phase] == PHASES[-1]):
+        earlier, self._earlier = self._earlier, reports
+        evaluating = {report[:2] for report in reports} == {(reports[0].iteration, len(PHASES) - 1)}
+        if evaluating:  # one process may work while the others wait, and hold Python's lock
+            frozen = guilty = find_frozen(earlier, reports)
+        else:
+            frozen, guilty = find_frozen(before, reports), find_guilty(before, reports)
+        if not guilty and (evaluating or self.trainer.iter == self.trainer.start_iter):
             return
         places = [
             f"process {i} in iteration {r.iteration}, {r.place}" for i, r in enumerate(reports)
         ]
         named = f"process {', '.join(map(str, guilty))} hangs" if guilty else "the job hangs"
-        _end(f"{named}: nothing has moved for {self.timeout} seconds; {'; '.join(places)}")
+        self._end(
+            f"{named}: nothing has moved for {self.timeout} seconds; {'; '.join(places)}", frozen
+        )
 
     def _reports(self) -> list[Report]:
         self._store.set_timeout(timedelta(seconds=10))
@@ -209,19 +240,56 @@ class HangHook(HookBase):
         texts = [self._store.get(r) if self._store.check([r]) else None for r in ranks]
         return [Report(*json.loads(t)) if t else Report(-1, 0, 0, 0, "not started") for t in texts]
 
+    def _end(self, reason: str, frozen: list[int]) -> NoReturn:
+        """End this process at once, whatever it waits for, with the stacks of its threads."""
+        logger.error(reason)
+        print(f"Process {comm.get_rank()} ends: {reason}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
+        for rank in frozen:
+            if rank in self._handles:
+                with contextlib.suppress(ProcessLookupError):  # others have killed it
+                    signal.pidfd_send_signal(self._handles[rank], signal.SIGKILL)
+        os._exit(1)
+
+
+def _machine() -> str:
+    """Where process ids mean the same as here; "" outside of Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _handles(processes: list[tuple[str, int]]) -> dict[int, int]:
+    """Files that stand for the other processes of this machine, by rank, of (machine, id) of all.
+
+    Unlike an id, they never come to mean a process that is started later.
+    """
+    here = _machine()
+    others = {rank: pid for rank, (place, pid) in enumerate(processes) if here and place == here}
+    try:
+        return {rank: os.pidfd_open(pid) for rank, pid in others.items() if pid != os.getpid()}
+    except OSError:  # an old kernel, or a sandbox
+        return {}
+
+
+def find_frozen(before: list[Report], reports: list[Report]) -> list[int]:
+    """Processes that do not run at all; [] if there is nothing to compare with."""
+    pairs = enumerate(zip(before, reports, strict=True)) if before else ()
+    return [rank for rank, (then, now) in pairs if now.beat == then.beat]
+
 
 def find_guilty(before: list[Report], reports: list[Report]) -> list[int]:
-    """Processes that the others wait for: stopped ones, else those behind, else those at work.
+    """Processes that the others wait for: frozen ones, else those behind, else those at work.
 
     [] if all are alike.
     """
-    stopped = [now.beat == then.beat for then, now in zip(before, reports, strict=True)]
-    behind = [report[:2] == min(reports)[:2] for report in reports]
-    working = [not report.waits for report in reports]
-    for signs in (stopped, behind, working):
-        if any(signs) and not all(signs):
-            return [rank for rank, sign in enumerate(signs) if sign]
-    return []
+    ranks = range(len(reports))
+    behind = [rank for rank in ranks if reports[rank][:2] == min(reports)[:2]]
+    working = [rank for rank in ranks if not reports[rank].waits]
+    signs = (find_frozen(before, reports), behind, working)
+    return next((sign for sign in signs if 0 < len(sign) < len(reports)), [])
 
 
 def _place() -> tuple[int, str]:
@@ -231,11 +299,3 @@ def _place() -> tuple[int, str]:
     files = [f.f_code.co_filename for f, _ in frames]
     waits = any(os.path.join("torch", "distributed") in file for file in files)
     return int(waits), f"{files[0]}:{frames[0][1]} ({frame.f_code.co_name})"
-
-
-def _end(reason: str) -> None:
-    """End this process at once, whatever it waits for, with the stacks of its threads."""
-    logger.error(reason)
-    print(f"Process {comm.get_rank()} ends: {reason}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback()
-    os._exit(1)

@@ -1,9 +1,11 @@
 """One training step: mixed precision on any device, gradient clipping, one transfer of metrics."""
 
+import logging
 import math
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -13,10 +15,13 @@ from torch import Tensor, distributed, nn
 from ..checkpoint.io import replace_file
 from ..diagnostics.non_finite import record_non_finite
 from ..errors import NonFiniteError
+from ..processes import alone
 from ..transfer import to_device
 from .loading import deadline, seed_all, start_at
-from .sharding import is_sharded, whole, without_sync
+from .sharding import is_sharded, own_part, whole, without_sync
 from .stopping import Stopped, StopSignals
+
+logger = logging.getLogger("detectron2.dino_d2")
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -25,6 +30,10 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
     """What a forward pass in this precision runs under, see `Trainer`."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
+
+
+class _ElsewhereError(Exception):
+    """What is not finite was met by another process of a sharded model."""
 
 
 class Trainer(SimpleTrainer):
@@ -94,10 +103,12 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
         try:
             losses = self._backward(batch, self.model)
-        except NonFiniteError as error:  # the others end because this process does
-            raise FloatingPointError(
-                f"not finite in iteration {self.iter}: {error}\n{self._diagnose(batch)}"
-            ) from error
+        except (
+            NonFiniteError,
+            _ElsewhereError,
+        ) as error:  # without sharding, the others end because this one does
+            what = f"not finite in iteration {self.iter}: {error}"
+            raise self._report(what, batch, is_sharded(self.model)) from error
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
@@ -136,10 +147,25 @@ class Trainer(SimpleTrainer):
         seed_all(self.seed, comm.get_rank(), self.iter, number)
         self.phase = "forward pass"
         with autocast(self.device_type, self.precision):
-            losses = model(part)
+            losses = self._forward(part, model)
         self.phase = "backward pass"
         self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def _forward(self, part: list[dict], model: nn.Module) -> dict[str, Tensor]:
+        """Losses. If one process of a sharded model fails, all do, for they could not go on."""
+        if not is_sharded(model):
+            return model(part)
+        losses, failure = {}, None
+        try:
+            losses = model(part)
+        except NonFiniteError as error:
+            failure = error
+        failures = to_device([failure is not None], torch.float32, model.device)
+        distributed.all_reduce(failures)
+        if failures.item():
+            raise failure or _ElsewhereError("in another process")
+        return losses
 
     def _to_host(self, values: dict[str, Tensor], data_time: float) -> dict[str, float]:
         """Means over all processes, in one transfer. What is not finite in one, is not in the mean.
@@ -166,29 +192,40 @@ class Trainer(SimpleTrainer):
         what = f"not finite in iteration {self.iter}: {', '.join(bad)}"
         if bad == ["grad_norm"]:
             what = f"the gradient is not finite in iteration {self.iter}"
-        reports = comm.all_gather(self._diagnose(batch))
-        raise FloatingPointError("\n".join([what, *filter(None, reports)]))
+        raise self._report(what, batch, together=True)
+
+    def _report(self, what: str, batch: list[dict], together: bool) -> FloatingPointError:
+        logger.error(what)  # should the search for the cause fail
+        report = self._diagnose(batch)
+        reports = comm.all_gather(report) if together else [report]
+        return FloatingPointError("\n".join([what, *filter(None, reports)]))
 
     def _diagnose(self, batch: list[dict]) -> str:
-        """Repeat the step in this process alone: where it goes wrong, and with which images.
+        """Repeat the step: where it goes wrong in this process, and with which images.
 
-        A sharded model cannot.
+        All processes of a sharded model have to call it; others repeat it alone.
         """
-        if is_sharded(self.model):
-            return f"Process {comm.get_rank()}{self._keep(batch)}"
-        model = getattr(self.model, "module", self.model)
+        sharded = is_sharded(self.model)
+        model = self.model if sharded else getattr(self.model, "module", self.model)
         losses = {}
-        with record_non_finite(model) as found, torch.compiler.set_stance("force_eager"):
+        with (
+            record_non_finite(model) as found,
+            torch.compiler.set_stance("force_eager"),
+            nullcontext() if sharded else alone(),
+        ):
             try:
                 losses = self._backward(batch, model)
+            except _ElsewhereError:
+                pass
             except Exception as error:  # of the matcher, or out of memory
                 found.outputs.append(str(error))
         names = [f"loss {name!r}" for name, loss in losses.items() if not loss.isfinite()]
         names += [f"first the output of {name!r}" for name in found.outputs[:1]]
         names += [f"first the gradient at the output of {name!r}" for name in found.gradients[:1]]
+        elsewhere = sharded and any(comm.all_gather(bool(names))) and not names
         gradients = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        weights = [name for name, gradient in gradients if not gradient.isfinite().all()]
-        if weights and losses:
+        weights = [name for name, gradient in gradients if not own_part(gradient).isfinite().all()]
+        if weights and losses and not elsewhere:  # where they are sharded, they are everyone's
             names.append(f"the gradients of {len(weights)} weights, such as {weights[-1]!r}")
         return f"Process {comm.get_rank()}: {', '.join(names)}{self._keep(batch)}" if names else ""
 

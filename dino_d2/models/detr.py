@@ -137,6 +137,10 @@ class DETR(nn.Module):
     ) -> dict[str, Tensor]:
         """Make a group of everything supervised and hand all to the criterion."""
         with torch.autocast(targets.boxes.device.type, enabled=False):
+            # before the matcher, which may raise in one process: all have to call them
+            num_objects = average_count(len(targets.labels), targets.boxes)
+            counts = {name: len(known.assignment.image) for name, known in helped.queries.items()}
+            normalizers = {name: average_count(n, targets.boxes) for name, n in counts.items()}
             num_noised = 0 if noised is None else noised.queries.anchors.shape[1]
             denoised = predictions.queries(0, num_noised)
             matched = {"decoder": (predictions.queries(num_noised), targets)}
@@ -147,7 +151,6 @@ class DETR(nn.Module):
                 matched["encoder proposals"] = (proposals, known)
             helpers = dict(zip(helped.queries, of_heads, strict=True))
             assignments = self.matcher(matched, {"denoising": denoised, **helpers})
-            num_objects = average_count(len(targets.labels), targets.boxes)
             groups = [
                 Group("" if name == "decoder" else "enc", *group, assignments[name], num_objects)
                 for name, group in matched.items()
@@ -157,11 +160,11 @@ class DETR(nn.Module):
                 dn = Group("dn", denoised, targets, noised.assignment, normalizer)
                 groups.append(dn._replace(ignored=noised.ignored))
             for name, of_head in helpers.items():
-                assignment = helped.queries[name].assignment
-                normalizer = average_count(len(assignment.image), targets.boxes)
-                group = Group(f"{name}_queries", of_head, targets, assignment, normalizer)
-                ignored, weight = helped.queries[name].padding, self.co_heads.query_weight
-                groups.append(group._replace(ignored=ignored, weight=weight))
+                known = helped.queries[name]
+                scale = normalizers[name]
+                group = Group(f"{name}_queries", of_head, targets, known.assignment, scale)
+                weight = self.co_heads.query_weight
+                groups.append(group._replace(ignored=known.padding, weight=weight))
             return self.criterion(groups)
 
 

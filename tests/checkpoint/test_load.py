@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dino_d2.checkpoint import CheckpointError, load_weights, write_weights
+from dino_d2.checkpoint.load import all_finite
 
 
 def make_detector():
@@ -80,3 +81,14 @@ def test_detector_and_meta_architecture_exchange_weights(source_wrapped, target_
     ]
     load_weights(models[1], models[0].state_dict())
     assert_state(target, source.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_one_number_that_is_not_finite_is_found(dtype):
+    weights = torch.full((3, 40), torch.finfo(dtype).max, dtype=dtype)  # whose sum is infinite
+    assert all_finite(weights)
+    assert all_finite(weights[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        ruined = weights.clone()
+        ruined[1, 17] = bad
+        assert not all_finite(ruined)

@@ -33,16 +33,28 @@ class Job:
     """A run on the CPU, with what it prints and how long it takes to end."""
 
     def __init__(
-        self, out, data, *more, processes=1, fault="none 0 0", resume=False, steps=100_000
+        self,
+        out,
+        data,
+        *more,
+        processes=1,
+        fault="none 0 0",
+        resume=False,
+        steps=100_000,
+        torchrun=False,
     ):
-        self.out = Path(out)
+        self.out, self.torchrun = Path(out), torchrun
         self.out.mkdir(parents=True, exist_ok=True)
         script, *arguments = command(out, data, steps, *more)
         options = ["--num-gpus", str(processes), *["--resume"] * resume]
+        launcher = []
+        if torchrun:
+            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+            launcher, options = [*launcher, "--standalone"], options[2:]
         self.log = self.out / "output"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, script, *options, *arguments],
+                [sys.executable, *launcher, script, *options, *arguments],
                 stdout=log,
                 stderr=log,
                 env=environment(fault),
@@ -64,10 +76,12 @@ class Job:
 
     def children(self, word="spawn_main"):
         """Process ids of its training processes, in order."""
-        found = subprocess.run(
-            ["pgrep", "-f", "-s", str(self.process.pid), word], capture_output=True, text=True
-        )
-        return [int(pid) for pid in found.stdout.split()]
+        wanted = ["-s", str(self.process.pid), word]
+        if self.torchrun:  # which gives each a session
+            wanted = [f"train.output_dir={self.out} "]
+        found = subprocess.run(["pgrep", "-f", *wanted], capture_output=True, text=True)
+        pids = [int(pid) for pid in found.stdout.split()]
+        return [pid for pid in pids if not self.torchrun or pid != self.process.pid]
 
     def end(self, limit=120):
         """Wait for it; returns its exit status and the seconds that it took since `start`."""
@@ -89,6 +103,7 @@ class Job:
 
     def __exit__(self, *_):
         """Leave nothing behind, whatever happened."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in [-self.process.pid, *self.children()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()

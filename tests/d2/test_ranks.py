@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from jobs import command, environment
@@ -75,9 +76,34 @@ def test_who_the_others_wait_for(reports, guilty):
     assert find_guilty(before, now) == guilty
 
 
-def test_machines_need_a_place_to_meet():
-    from argparse import Namespace
+@pytest.mark.parametrize(
+    ("place", "beats", "killed"),
+    [
+        ((3, 5), [1, 1, 9, 9], None),  # an evaluation, in which Python's lock was held for a while
+        ((3, 5), [1, 1, 1, 1], [0]),
+        ((3, 2), [1, 1], [0]),
+        ((3, 2), [1, 2], []),
+        ((0, 2), [1, 1], [0]),  # the first step, which may compile
+    ],
+)
+def test_who_may_hold_up_the_others_and_who_is_killed(monkeypatch, place, beats, killed):
+    """Process 0 works, at (iteration, phase), and the other waits for it."""
+    from dino_d2.d2.ranks import HangHook, Report
 
+    looks = [
+        [Report(*place, beat, 0, ""), Report(*place, 10 + number, 1, "")]
+        for number, beat in enumerate(beats)
+    ]
+    hook, ends = HangHook(1e-3), []
+    hook.trainer = Namespace(iter=place[0], start_iter=0)
+    monkeypatch.setattr(hook, "_end", lambda _reason, frozen: ends.append(frozen))
+    monkeypatch.setattr(hook, "_reports", lambda: looks.pop(0))
+    while looks:
+        hook._judge()
+    assert ends == ([] if killed is None else [killed])
+
+
+def test_machines_need_a_place_to_meet():
     from dino_d2.d2.ranks import _meeting_point
 
     two = {"num_machines": 2}

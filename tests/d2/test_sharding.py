@@ -1,5 +1,6 @@
 """Training sharded over two processes, against the same with a copy of the model in each."""
 
+import os
 import re
 import shutil
 
@@ -11,6 +12,9 @@ from shapes_run import make_config, make_data, overrides, train_net
 pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 3
+only_full = pytest.mark.skipif(
+    os.environ.get("FAULTS") != "full", reason="one of `make test-faults`"
+)
 SETTINGS = [
     "optimizer.eps=0.001",  # AdamW blows up the rounding of gradients that are 0
     "train.ema.decay=0.9",
@@ -93,19 +97,34 @@ def test_a_sharded_run_resumes_an_unsharded_one(copied, data, tmp_path):
     assert_same(out / "model_final.pth", copied / "model_final.pth")
 
 
-def test_a_loss_that_is_not_finite_ends_all_processes(data, tmp_path):
-    """And saves their batches."""
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        pytest.param(
+            *("loss", "loss 'loss_class', first the gradient at the output of 'detector"),
+            marks=[pytest.mark.faults, only_full],
+        ),
+        ("output", "first the output of 'detector.encoder'"),
+        ("gradient", "the gradients of 1 weights, such as 'detector.encoder.level_embed'"),
+    ],
+)
+def test_what_is_not_finite_ends_all_processes_and_is_named(data, tmp_path, what, reason):
+    """Where, and with which images; found by all processes together."""
     done = train_net(
         "--num-gpus",
         "2",
-        *overrides(tmp_path / "out", data, STEPS, "train.fsdp=True"),
+        *overrides(tmp_path / "out", data, STEPS, "train.fsdp=True", "train.hang_timeout=20"),
         "model._target_=faulty.FaultyDINO",
         check=False,
-        **environment("loss 1 1"),
+        **environment(f"{what} 1 1"),
     )
     assert done.returncode == 1
-    assert "not finite in iteration 1: loss_class" in done.stderr
-    assert len(list((tmp_path / "out").glob("non_finite_0000001_process[01].pt"))) == 2
+    assert "not finite in iteration 1" in done.stderr
+    assert f"Process 1: {reason}" in done.stderr, done.stderr
+    assert (what == "gradient") == ("Process 0: " in done.stderr)  # it is the sum of both
+    kept = {file.name for file in (tmp_path / "out").glob("non_finite_*")}
+    assert "non_finite_0000001_process1.pt" in kept
+    assert len(kept) == 1 + (what == "gradient")
 
 
 def test_one_process_evaluates_what_two_have_trained(sharded, data, tmp_path):

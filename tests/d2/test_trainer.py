@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from dino_d2 import processes
+from dino_d2.errors import NonFiniteError
+
 pytestmark = pytest.mark.detectron2
 
 GRADIENT = torch.tensor([3.0, 0, 4])  # of norm 5
@@ -186,6 +189,27 @@ def test_the_error_names_loss_layer_and_images_and_saves_the_batch(tmp_path):
     (source,) = torch.load(path, weights_only=True)
     assert source["image_id"] == 7
     assert torch.equal(source["image"], torch.ones(2))
+
+
+class Matched(Linear):
+    """A matcher that meets what is not finite in this process alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone = []
+
+    def forward(self, batch):
+        self.alone.append(processes._alone)
+        raise NonFiniteError(0, "decoder", "boxes")
+
+
+def test_a_process_that_fails_alone_looks_for_the_cause_alone():
+    """The others wait for it elsewhere, and must not be taken for partners in an average."""
+    trainer = make_trainer([{"image_id": 4}], model=Matched())
+    trainer.iter = 0
+    with pytest.raises(FloatingPointError, match="non-finite boxes in decoder for image 0"):
+        trainer.run_step()
+    assert trainer.model.alone == [False, True]
 
 
 def test_half_precision_gives_up_when_no_scale_helps():

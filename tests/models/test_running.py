@@ -1,6 +1,7 @@
 """Compiled and recomputed layers: the same gradients, for less memory."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -85,3 +86,21 @@ def test_compiled_layers_have_the_same_gradients(name, recomputed):
         torch.testing.assert_close(gradients(model, width), of_width)
     assert not counters["graph_break"]
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler (g++)")
+def test_generated_code_has_the_same_gradients():
+    """To rounding; written for one size, run for another.
+
+    An absolute part, because the gradients of some biases are 0 but for rounding.
+    """
+    small = {"in_features": ["coarse"], "num_levels": 1, "encoder_layers": 1, "decoder_layers": 1}
+    model = tiny_detector("dino", **small)
+    widths = (96, 64)
+    expected = [gradients(copy.deepcopy(model), width) for width in widths]
+    torch.compiler.reset()
+    counters.clear()
+    compile_layers(model)
+    for width, of_width in zip(widths, expected, strict=True):
+        torch.testing.assert_close(gradients(model, width), of_width, rtol=1e-9, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 2  # one for each kind of layer
