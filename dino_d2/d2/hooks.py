@@ -189,7 +189,8 @@ def saved_when_stopped(trainer: TrainerBase, checkpointer: Checkpointer) -> Iter
     try:
         yield
     except Stopped:
-        checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        last = min(trainer.iter, trainer.max_iter - 1)  # after training, iter counts no step
+        checkpointer.save(f"model_{last:07d}", iteration=last)
         comm.synchronize()  # before a process ends, and its launcher all others
         raise
 

@@ -141,6 +141,26 @@ def test_a_signal_saves_the_step_and_ends(whole, data, tmp_path, monkeypatch, nu
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_in_the_last_evaluation_costs_no_more_than_that(whole, data, tmp_path, monkeypatch):
+    """It runs when the last step is over."""
+    from dino_d2.d2.evaluation import CheckedEvaluator
+
+    process = CheckedEvaluator.process
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        process(self, *arguments)
+
+    settings = ["dataloader.train.sampler=" + sampler()]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(CheckedEvaluator, "process", interrupted)
+        run(tmp_path, data, *settings, evaluate=True)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    run(tmp_path, data, *settings, evaluate=True, resume=True)
+    assert_same(tmp_path / "model_final.pth", whole / "model_final.pth")
+    assert "bbox/AP" in (tmp_path / "metrics.json").read_text()
+
+
 def test_a_signal_may_come_as_early_as_in_the_second_step(data, tmp_path, monkeypatch):
     from dino_d2.d2 import Trainer
 
