@@ -35,6 +35,5 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=__doc__).parse_args()
-    arguments.num_gpus = max(1, arguments.num_gpus)  # 0 is the CPU, as Detectron2 has it
     arguments.config_file = model_zoo.get_config_file(arguments.config_file)
     launch(main, arguments)

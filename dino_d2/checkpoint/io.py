@@ -27,7 +27,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 CHECKSUM, UNFINISHED = ".sha256", ".unfinished"  # added to the name of a file
-_NESTS = ("model", "state_dict", "model_state")  # where repositories put the weights
+_NESTS = ("model", "state_dict", "model_state", "blobs")  # where repositories put the weights
 
 
 class CheckpointError(RuntimeError):

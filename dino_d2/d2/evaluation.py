@@ -3,15 +3,40 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset
 from detectron2.utils import comm
+from torch import nn
+from torch.utils.data import DataLoader
 
-from .loading import deadline
+from .loading import deadline, watch_workers
 from .stopping import Stopped, StopSignals
 
 
 class EvaluationError(RuntimeError):
     """The detections are not those of a model on every image once."""
+
+
+def evaluate_checked(
+    model: nn.Module,
+    loader: DataLoader,
+    evaluator: DatasetEvaluator | list[DatasetEvaluator],
+    signals: StopSignals,
+    timeout: float,
+) -> dict:
+    """The evaluator's results on every image of a loader.
+
+    Args:
+        timeout: seconds for a batch.
+
+    Raises:
+        EvaluationError, Stopped: see `CheckedEvaluator`.
+        LoadingError: a batch has not come in time.
+    """
+    if isinstance(evaluator, list):
+        evaluator = DatasetEvaluators(evaluator)
+    batches = UntilStopped(watch_workers(loader, timeout), signals, timeout)
+    checked = CheckedEvaluator(evaluator, len(loader.dataset), signals)
+    return inference_on_dataset(model, batches, checked)
 
 
 class CheckedEvaluator(DatasetEvaluator):

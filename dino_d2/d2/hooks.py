@@ -189,8 +189,8 @@ def saved_when_stopped(trainer: TrainerBase, checkpointer: Checkpointer) -> Iter
     try:
         yield
     except Stopped:
-        last = min(trainer.iter, trainer.max_iter - 1)  # after training, iter counts no step
-        checkpointer.save(f"model_{last:07d}", iteration=last)
+        if trainer.iter < trainer.max_iter:  # else the last step has left model_final
+            checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         comm.synchronize()  # before a process ends, and its launcher all others
         raise
 

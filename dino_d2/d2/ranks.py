@@ -37,9 +37,15 @@ def launch(main: Callable, arguments: argparse.Namespace) -> None:
     """Run main(arguments) in every process of the job.
 
     Under `torchrun`, or `srun` with several tasks, this is one of the processes; else it starts
-    `num_gpus` processes here, with the options of Detectron2's `default_argument_parser`. SIGTERM
-    and SIGINT are passed on to them. When one dies the others end within seconds.
+    `num_gpus` processes here (0 as 1), with the options of Detectron2's `default_argument_parser`.
+    SIGTERM and SIGINT are passed on to them. When one dies the others end within seconds.
+
+    Raises:
+        ValueError: `num_gpus` is negative.
     """
+    if arguments.num_gpus < 0:
+        raise ValueError(f"--num-gpus must be a number of processes, not {arguments.num_gpus}")
+    arguments.num_gpus = max(1, arguments.num_gpus)
     environment = joined_job(os.environ)
     if environment:
         _run(environment, main, arguments)
@@ -199,7 +205,8 @@ class HangHook(HookBase):
             if time.monotonic() - since > self.timeout:
                 judge = threading.Thread(target=self._judge, daemon=True)
                 judge.start()
-                judge.join(JUDGEMENT)
+                for _ in range(JUDGEMENT):  # of which a process that stalls itself uses up one
+                    judge.join(1)
                 if judge.is_alive() and not self._ended.is_set():
                     since_when = f"nothing has moved for {self.timeout} seconds"
                     self._end(f"process 0 hangs: it does not answer, and {since_when}", [0])
@@ -270,7 +277,7 @@ def _handles(processes: list[tuple[str, int]]) -> dict[int, int]:
     others = {rank: pid for rank, (place, pid) in enumerate(processes) if here and place == here}
     try:
         return {rank: os.pidfd_open(pid) for rank, pid in others.items() if pid != os.getpid()}
-    except OSError:  # an old kernel, or a sandbox
+    except (OSError, AttributeError):  # an old kernel, a sandbox, or a Python without it
         return {}
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from typing import ClassVar
 
 
 class Stopped(SystemExit):
@@ -17,7 +18,10 @@ class StopSignals:
 
     Attributes:
         number: of the first signal, or 0.
+        active: those of this process at the moment, if there are any.
     """
+
+    active: ClassVar["StopSignals | None"] = None
 
     def __init__(self):
         self.number, self._interrupts = 0, 0
@@ -27,9 +31,11 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             numbers = ()  # only the main thread may
         self._before = {number: signal.signal(number, self._note) for number in numbers}
+        StopSignals.active = self
         return self
 
     def __exit__(self, *_) -> None:
+        StopSignals.active = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

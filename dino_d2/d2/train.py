@@ -8,7 +8,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.engine import default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,7 @@ from ..models import compile_layers, recompute_layers
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names
 from .ema import EMAHook
-from .evaluation import CheckedEvaluator, UntilStopped
+from .evaluation import evaluate_checked
 from .hooks import (
     EpochHook,
     InstabilityHook,
@@ -157,7 +157,6 @@ def _hooks(
     writers = default_writers(out, cfg.train.max_iter) if main else []
     return [
         hooks.IterationTimer(warmup_iter=0),  # what prints needs a time from the first step on
-        HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
         hooks.LRScheduler(scheduler=build_schedule(cfg)),
         NoObjectsHook(),
         ema,  # this and the next before the checkpoint that holds their state
@@ -166,6 +165,8 @@ def _hooks(
         hooks.EvalHook(cfg.train.eval_period, run_evaluation),
         best_checkpointer(cfg.train.best_metric, model, out, ema) if saves else None,
         hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main else None,
+        # last, to watch over the evaluation that ends training
+        HangHook(cfg.train.hang_timeout) if comm.get_world_size() > 1 else None,
     ]
 
 
@@ -184,18 +185,15 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
     if "evaluator" not in cfg.dataloader:
         return {}
     signals = signals or StopSignals()
-    loader = watch_workers(instantiate(cfg.dataloader.test), cfg.train.worker_timeout)
+    loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
-    evaluator = CheckedEvaluator(evaluator, len(loader.dataset), signals)
     bare = getattr(model, "module", model)
     check_num_classes(_dataset_names(cfg.dataloader.test), bare.num_classes)
     if comm.get_world_size() > 1:  # statistics of batch norms differ; checkpoints have process 0's
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
     with autocast(bare.device.type, _precision(cfg)), gathered(model):
-        results = inference_on_dataset(
-            model, UntilStopped(loader, signals, cfg.train.worker_timeout), evaluator
-        )
+        results = evaluate_checked(model, loader, evaluator, signals, cfg.train.worker_timeout)
     print_csv_format(results)
     return results
 

@@ -103,10 +103,8 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
         try:
             losses = self._backward(batch, self.model)
-        except (
-            NonFiniteError,
-            _ElsewhereError,
-        ) as error:  # without sharding, the others end because this one does
+        except (NonFiniteError, _ElsewhereError) as error:
+            # without sharding, the others end because this process does
             what = f"not finite in iteration {self.iter}: {error}"
             raise self._report(what, batch, is_sharded(self.model)) from error
         self.scaler.unscale_(self.optimizer)

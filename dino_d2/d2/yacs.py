@@ -13,6 +13,7 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import print_csv_format
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
@@ -24,6 +25,7 @@ from ..checkpoint import load_backbone, load_weights, read_weights
 from .checkpoint import Checkpointer
 from .data import check_num_classes, class_names, coco_evaluator, load_datasets
 from .ema import EMAHook
+from .evaluation import evaluate_checked
 from .hooks import (
     NoObjectsHook,
     best_checkpointer,
@@ -31,13 +33,15 @@ from .hooks import (
     save_average,
     saved_when_stopped,
 )
-from .loading import build_train_loader, no_workers_left
+from .loading import build_train_loader, no_workers_left, watch_workers
 from .mapper import CheckedMapper
 from .solver import BackboneLR
 from .stopping import StopSignals
 from .trainer import Trainer
 
 logger = logging.getLogger("detectron2.dino_d2")
+
+WORKER_TIMEOUT = 120  # seconds for a batch
 
 
 class DetrTrainer(DefaultTrainer):
@@ -50,6 +54,7 @@ class DetrTrainer(DefaultTrainer):
     Raises:
         FloatingPointError, LoadingError, Stopped: see `Trainer`.
         CheckpointError: see `resume_or_load`, and `Checkpointer`.
+        EvaluationError: see `CheckedEvaluator`.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -62,12 +67,13 @@ class DetrTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = Trainer(
             create_ddp_model(model, broadcast_buffers=False),
-            self.build_train_loader(cfg),
+            watch_workers(self.build_train_loader(cfg), WORKER_TIMEOUT),
             optimizer,
             model.device.type,
             "float16" if cfg.SOLVER.AMP.ENABLED else "float32",
             seed=cfg.SEED if cfg.SEED >= 0 else None,
             save_dir=cfg.OUTPUT_DIR,
+            data_timeout=WORKER_TIMEOUT,
             accumulate=cfg.SOLVER.ACCUMULATE,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -82,6 +88,7 @@ class DetrTrainer(DefaultTrainer):
 
         Raises:
             CheckpointError: the weights do not fit, or no checkpoint is valid.
+            ValueError: MODEL.WEIGHTS_CLASSES or WEIGHTS_SKIP is for weights of a backbone.
         """
         self.checkpointer.resume_or_load("", resume=resume)
         self.start_iter = first_step(self, self.checkpointer, self.max_iter)
@@ -95,6 +102,11 @@ class DetrTrainer(DefaultTrainer):
             given = self.cfg.MODEL.WEIGHTS_CLASSES
             classes = class_names(given, self.cfg.DATASETS.TRAIN) if given else None
             load_weights(model, weights, skip=self.cfg.MODEL.WEIGHTS_SKIP, classes=classes)
+        elif self.cfg.MODEL.WEIGHTS_CLASSES or self.cfg.MODEL.WEIGHTS_SKIP:
+            raise ValueError(
+                f"MODEL.WEIGHTS {path} are a backbone's, in which MODEL.WEIGHTS_CLASSES and "
+                "MODEL.WEIGHTS_SKIP have nothing to choose from"
+            )
         else:
             backbone = model.detector.backbone
             if any(name in weights for name in ("conv1_w", "res2_0_branch2a_w")):
@@ -106,6 +118,9 @@ class DetrTrainer(DefaultTrainer):
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """`DefaultTrainer`'s, and those that average weights, keep the best and miss objects."""
         cfg, found = self.cfg, super().build_hooks()
+        timers = [i for i, hook in enumerate(found) if isinstance(hook, hooks.IterationTimer)]
+        for i in timers:  # what prints needs a time from the first step on
+            found[i] = hooks.IterationTimer(warmup_iter=0)
         if self.ema is not None:
             (place,) = (i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
             found.insert(place, hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_average))
@@ -188,6 +203,19 @@ class DetrTrainer(DefaultTrainer):
         )
 
     @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
+        """As `DefaultTrainer`'s, with every detection checked; a signal to stop ends it."""
+        names, results = cfg.DATASETS.TEST, {}
+        evaluators = evaluators or [cls.build_evaluator(cfg, name) for name in names]
+        signals = StopSignals.active or StopSignals()
+        for name, evaluator in zip(names, evaluators, strict=True):
+            loader = cls.build_test_loader(cfg, name)
+            results[name] = evaluate_checked(model, loader, evaluator, signals, WORKER_TIMEOUT)
+            if comm.is_main_process():
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         """COCO's average precision of boxes."""
         return coco_evaluator(dataset_name, cfg.OUTPUT_DIR)
@@ -197,8 +225,10 @@ def _from_caffe2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of a ResNet with Detectron2's names, and with the statistics that Caffe2 left out
     after it had made them part of the weights.
     """
-    named, _ = convert_c2_detectron_names(weights)
-    result = {name: tensor for name, tensor in named.items() if not name.startswith("fc1000.")}
+    own = {name: tensor for name, tensor in weights.items() if not name.endswith("_momentum")}
+    named, _ = convert_c2_detectron_names(own)
+    unused = ("fc1000.weight", "fc1000.bias", "stem.conv1.bias")
+    result = {name: tensor for name, tensor in named.items() if name not in unused}
     for name, tensor in named.items():
         if name.endswith("norm.weight"):
             norm = name.removesuffix("weight")

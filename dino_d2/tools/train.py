@@ -36,7 +36,6 @@ _COCO_SHORT_EDGE = 480  # of the usual image of COCO, which the recipe enlarges 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args, overrides = _parser().parse_known_args(argv)
-    args.num_gpus = max(1, args.num_gpus)  # 0 is the CPU
     wrong = [word for word in overrides if "=" not in word or word.startswith("-")]
     if wrong:
         sys.exit(f"unknown arguments: {' '.join(wrong)}; settings have the form train.seed=1")
@@ -162,7 +161,7 @@ def make_config(splits: dict[str, Checked], config: str, args: argparse.Namespac
     """The text of a config file that trains `config` on this data."""
     train, val = splits["train"], splits["val"]
     images = train.content["images"]
-    batch = args.batch or 2 * args.num_gpus
+    batch = args.batch or 2 * max(1, args.num_gpus)
     per_epoch = math.ceil(len(images) / batch)
     epochs = args.epochs or max(12, math.ceil(MIN_ITERATIONS / per_epoch))
     period = max(per_epoch, math.ceil(epochs * per_epoch / 20))

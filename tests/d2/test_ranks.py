@@ -128,3 +128,25 @@ def test_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "World size: 2" in done.stdout
     assert (tmp_path / "out" / "model_final.pth").exists()
+
+
+def test_a_python_without_handles_of_processes_does_without(monkeypatch):
+    from dino_d2.d2 import ranks
+
+    pair = [(ranks._machine(), os.getppid())]
+    assert ranks._handles(pair).keys() == {0}
+    monkeypatch.delattr(os, "pidfd_open")
+    assert ranks._handles(pair) == {}
+
+
+def test_a_number_of_processes_is_none_below_zero():
+    from dino_d2.d2.ranks import launch
+
+    seen = []
+    for number in (0, 1):
+        launch(
+            lambda given: seen.append(given.num_gpus), Namespace(num_gpus=number, num_machines=1)
+        )
+    assert seen == [1, 1]
+    with pytest.raises(ValueError, match=r"--num-gpus .* not -1"):
+        launch(seen.append, Namespace(num_gpus=-1, num_machines=1))

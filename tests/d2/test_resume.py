@@ -141,8 +141,8 @@ def test_a_signal_saves_the_step_and_ends(whole, data, tmp_path, monkeypatch, nu
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_in_the_last_evaluation_costs_no_more_than_that(whole, data, tmp_path, monkeypatch):
-    """It runs when the last step is over."""
+def test_a_signal_in_the_last_evaluation_costs_no_more(whole, data, tmp_path, monkeypatch):
+    """It comes when the last step is over, and its checkpoint written."""
     from dino_d2.d2.evaluation import CheckedEvaluator
 
     process = CheckedEvaluator.process
@@ -152,10 +152,12 @@ def test_a_signal_in_the_last_evaluation_costs_no_more_than_that(whole, data, tm
         process(self, *arguments)
 
     settings = ["dataloader.train.sampler=" + sampler()]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(CheckedEvaluator, "process", interrupted)
+    monkeypatch.setattr(CheckedEvaluator, "process", interrupted)
+    with pytest.raises(SystemExit):
         run(tmp_path, data, *settings, evaluate=True)
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    monkeypatch.undo()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert_same(tmp_path / "model_0000005.pth", whole / "model_0000005.pth")
     run(tmp_path, data, *settings, evaluate=True, resume=True)
     assert_same(tmp_path / "model_final.pth", whole / "model_final.pth")
     assert "bbox/AP" in (tmp_path / "metrics.json").read_text()

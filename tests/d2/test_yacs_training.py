@@ -35,6 +35,15 @@ def load(name):
     return cfg
 
 
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """Trainers set them up."""
+    logger = logging.getLogger("detectron2")
+    before = logger.propagate, logger.level, list(logger.handlers)
+    yield
+    logger.propagate, logger.level, logger.handlers = before
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """The shipped DINO, small, on generated data under a registered name."""
@@ -210,6 +219,41 @@ def test_training_that_is_stopped_goes_on_as_if_it_had_not_been(tiny, tmp_path):
         assert all(torch.equal(whole[key], stopped[key]) for key in whole)
 
 
+def test_a_signal_ends_an_evaluation(tiny, tmp_path, monkeypatch):
+    """After the first of two steps; the checkpoint is that step's."""
+    from dino_d2.d2.evaluation import CheckedEvaluator
+
+    process = CheckedEvaluator.process
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        process(self, *arguments)
+
+    monkeypatch.setattr(CheckedEvaluator, "process", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(tiny, tmp_path / "a", **{"TEST.EVAL_PERIOD": 1})
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "a" / "last_checkpoint").read_text() == "model_0000000.pth"
+
+
+def test_an_evaluation_refuses_what_is_not_finite(tiny):
+    from dino_d2.d2 import DetrTrainer
+    from dino_d2.d2.evaluation import EvaluationError
+
+    model = DetrTrainer.build_model(tiny)
+    for parameter in model.detector.heads.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises((EvaluationError, FloatingPointError), match=r"finite"):
+        DetrTrainer.test(tiny, model.eval())
+
+
+def test_workers_leave_signals_to_the_trainer(tiny, tmp_path):
+    trainer = start(tiny, tmp_path / "a", **{"DATALOADER.NUM_WORKERS": 1})
+    loader = trainer._trainer.data_loader
+    assert loader.timeout == trainer._trainer.data_timeout == 120
+    assert loader.worker_init_fn is not None
+
+
 def test_averages_parts_of_batches_and_the_best_weights(tiny, tmp_path):
     settings = {"SOLVER.EMA_DECAY": 0.9, "SOLVER.ACCUMULATE": 2, "TEST.BEST_METRIC": "ema/bbox/AP"}
     trainer = start(tiny, tmp_path / "out", **settings)
@@ -262,6 +306,13 @@ def test_weights_to_start_from_must_fit(tiny, tmp_path, first):
         from_weights(tiny, tmp_path / "renamed", renamed)
 
 
+def test_a_backbone_has_no_classes_to_take_over(tiny, tmp_path, first):
+    prefix = "detector.backbone."
+    bare = {n.removeprefix(prefix): t for n, t in first.items() if n.startswith(prefix)}
+    with pytest.raises(ValueError, match=r"WEIGHTS_SKIP have nothing to choose from"):
+        from_weights(tiny, tmp_path / "a", bare, **{"MODEL.WEIGHTS_SKIP": ["*class*"]})
+
+
 def test_classes_of_weights_are_taken_over_by_name(tiny, tmp_path, first):
     of_classes = [n for n in first if "class_head" in n or "label_embed" in n]
     others = {**first, **{n: first[n][:-1] + 1 for n in of_classes}}
@@ -308,9 +359,10 @@ def test_weights_of_caffe2_are_loaded_and_what_they_want_is_told(
             weights[f"{stage}_{block}_{kinds[kind]}_{ends[what]}"] = name
     given = {theirs: torch.rand_like(backbone.state_dict()[n]) for theirs, n in weights.items()}
     arrays = {name: tensor.numpy() for name, tensor in given.items()}
-    arrays["fc1000_w"] = arrays["conv1_w"][:1]
+    arrays["fc1000_w"] = arrays["conv1_b"] = arrays["res_conv1_bn_b"]
     path = tmp_path / "R-50.pkl"
-    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Caffe2"}))
+    arrays["conv1_w_momentum"] = arrays["conv1_w"]
+    path.write_bytes(pickle.dumps({"blobs": arrays}))
     tiny.MODEL.WEIGHTS = str(path)
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     trainer.resume_or_load(resume=False)

@@ -269,6 +269,7 @@ def test_cuda_sources_compile_without_spills(architecture, tmp_path):
     registers = re.findall(
         r"Function properties for (\S+).*?Used (\d+) registers", result.stderr, re.S
     )
+    assert len(registers) == len(stacks)
     for name, count in registers:  # the window of an aggregating warp leaves room for twice as many
         assert int(count) <= (96 if "aggregate" in name else 80)
     disassembler = find_disassembler()

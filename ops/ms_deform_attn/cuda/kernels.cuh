@@ -199,7 +199,7 @@ __device__ __forceinline__ Corners<A> make_corners(const Problem& problem, const
 
 // ---- Kernels ----
 
-// One (query, head) of the schedule; `slot` counts them. Without a query, `samples` is 0.
+// One (query, head) of the schedule; `slot` counts them. Without a query, `samples` is -1.
 struct Item {
   int64_t image, head, query, slot;
   int samples;

@@ -1,12 +1,10 @@
 // Runs the CUDA kernels of multi-scale deformable attention on the host.
 // stdin:  14 int64 (batch, tokens, heads, channels, queries, points, levels, form, stored type as
-// in
-//         `kernels`, lanes, vector, seed, rows of the grid, whether to aggregate),
+//         in `kernels`, lanes, vector, seed, rows of the grid, whether to aggregate),
 //         (height, width) per level as int64, then value, reference, offsets, logits, grad_output
 //         in float, or in double for that type.
-// stdout: output, grad_value, grad_reference, grad_offsets, grad_logits, likewise; then as int64
-// how
-//         often the backward called atomicAdd.
+// stdout: output, grad_value, grad_reference, grad_offsets, grad_logits, likewise; then as int64,
+//         how often the backward called atomicAdd.
 #include "cuda_on_host.h"
 // first the emulation
 #include <cstdio>
