@@ -330,6 +330,23 @@ __device__ __forceinline__ void add_to_reference(const Problem& problem, const P
   atomicAdd(reference + 3, y * placed.offset_y * part);
 }
 
+// Some channels of a point, read at its corners: `dot` becomes the products of value with the
+// gradient of the output; where it `adds`, that of value grows.
+template <int kVector, typename T, typename A>
+__device__ __forceinline__ void visit_corners(const Corners<A>& corners, const T* value,
+                                              const A (&gradient)[kVector], bool adds,
+                                              A* grad_value, A (&dot)[4]) {
+  DINO_D2_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    const int32_t begin = corners.row[k];
+    if (begin < 0) continue;
+    const Pack<T, kVector> row = *reinterpret_cast<const Pack<T, kVector>*>(value + begin);
+    DINO_D2_UNROLL
+    for (int v = 0; v < kVector; ++v) dot[k] += gradient[v] * static_cast<A>(row.at[v]);
+    if (adds) add_atomically<kVector>(grad_value + begin, corners.coefficient[k], gradient);
+  }
+}
+
 // Value and reference gradients are added with atomics: their order of addition varies. Where
 // outputs.softmax is given, the value's gradient is left to aggregate_kernel.
 template <typename T, typename A, typename O, int kLanes, int kVector>
@@ -383,18 +400,8 @@ __global__ void __launch_bounds__(kThreads, 3)
           const int end = first + kChunk < samples ? first + kChunk : samples;
           for (int p = first; p < end; ++p) {  // as often in all groups of the warp: it shuffles
             A dot[4] = {};
-            DINO_D2_UNROLL
-            for (int k = 0; k < 4; ++k) {
-              const int32_t begin = corners[p - first].row[k];
-              if (begin < 0 || !reads) continue;
-              const Pack<T, kVector> row =
-                  *reinterpret_cast<const Pack<T, kVector>*>(value + begin);
-              DINO_D2_UNROLL
-              for (int v = 0; v < kVector; ++v) dot[k] += gradient[v] * static_cast<A>(row.at[v]);
-              if (!aggregates)
-                add_atomically<kVector>(grad_value + begin, corners[p - first].coefficient[k],
-                                        gradient);
-            }
+            if (reads)
+              visit_corners(corners[p - first], value, gradient, !aggregates, grad_value, dot);
             const A sum = sum_four_over_group<kLanes>(dot, lane);
             if (lane % (kLanes / 4) == 0) dots[p - first].at[lane / (kLanes / 4)] += sum;
           }
