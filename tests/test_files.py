@@ -15,7 +15,7 @@ def content(folder):
 
 def test_only_the_file_that_is_named_changes(tmp_path):
     """Checkpoints of others may be in the folder that a page is written to."""
-    kept = {name: b"1" for name in ("a.pth.sha256", "a.pth.unfinished", "a.json.unfinished")}
+    kept = dict.fromkeys(("a.pth.sha256", "a.pth.unfinished", "a.json.unfinished"), b"1")
     for name, data in kept.items():
         (tmp_path / name).write_bytes(data)
     for text in ("old", "new"):
