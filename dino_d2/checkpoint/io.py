@@ -1,15 +1,12 @@
 """Reads and writes weight files. Nothing that a file contains is ever executed."""
 
 import argparse
-import contextlib
 import hashlib
-import logging
 import os
 import pickle
 import re
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,14 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .. import files
+from ..files import CHECKSUM, UNFINISHED, WritingError, beside
 
-logger = logging.getLogger(__name__)
-
-CHECKSUM, UNFINISHED = ".sha256", ".unfinished"  # added to the name of a file
 _NESTS = ("model", "state_dict", "model_state", "blobs")  # where repositories put the weights
 
 
@@ -78,7 +70,7 @@ def verify(path: str | os.PathLike) -> None:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
-    checksum = _beside(path, CHECKSUM)
+    checksum = beside(path, CHECKSUM)
     if checksum.is_file():
         if checksum.read_text().split()[:1] != [_sha256(path)]:
             raise CheckpointError(f"{path}: damaged; it does not match {checksum.name}")
@@ -109,84 +101,15 @@ def write_weights(weights: Mapping[str, Tensor], path: str | os.PathLike) -> Non
 def replace_file(
     path: str | os.PathLike, write: Callable[[BinaryIO], object], checksum: bool = True
 ) -> None:
-    """Write a file whole or not at all, and beside it its checksum, as `sha256sum -c` reads it.
-
-    A crash at any moment leaves the old file or the new one under the name, never a part, and
-    never one beside the checksum of the other.
+    """Write a checkpoint as `files.replace_file` does, and clear away what a killed writer left.
 
     Raises:
         CheckpointError: the file cannot be written. What was there before is untouched.
     """
-    path = Path(path)
-    unfinished = _beside(path, UNFINISHED)
     try:
-        with _locked(path.parent):
-            digest = _write_through(unfinished, write)
-            sums = _beside(path, CHECKSUM)
-            if checksum:
-                line = f"{digest}  {path.name}\n".encode()
-                _write_through(_beside(sums, UNFINISHED), lambda file: file.write(line))
-            sums.unlink(missing_ok=True)
-            os.replace(unfinished, path)
-            if checksum:
-                os.replace(_beside(sums, UNFINISHED), sums)
-    except (OSError, RuntimeError) as error:  # PyTorch turns one into the other
-        for file in (unfinished, _beside(_beside(path, CHECKSUM), UNFINISHED)):
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
-        raise _unwritable(path, write, error) from error
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _write_through(path: Path, write: Callable[[BinaryIO], object]) -> str:
-    """Write a file, wait until the disk has it, and return its SHA-256."""
-    with path.open("wb") as file:
-        hashing = _Hashing(file)
-        write(hashing)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashing.sha256.hexdigest()
-
-
-class _Hashing:
-    """Passes on what is written, and knows its SHA-256 and length. Without a file, only those."""
-
-    def __init__(self, file: BinaryIO | None = None):
-        self.file, self.sha256, self.length = file, hashlib.sha256(), 0
-
-    def write(self, data) -> int:
-        if self.file is not None:
-            self.file.write(data)
-            self.sha256.update(data)
-        self.length += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing is kept here."""
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time. Clears away what a killed one left; at the end, syncs the folder."""
-    if fcntl is None:
-        yield
-        return
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # file systems without locks
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("waiting for another process that writes to %s", folder)
-                fcntl.flock(directory, fcntl.LOCK_EX)
-        _tidy(folder)
-        yield
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        files.replace_file(path, write, checksum, _tidy)
+    except WritingError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _tidy(folder: Path) -> None:
@@ -196,25 +119,6 @@ def _tidy(folder: Path) -> None:
     for file in folder.glob(f"*.pth{CHECKSUM}"):
         if not file.with_suffix("").exists():
             file.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, write: Callable, error: Exception) -> CheckpointError:
-    """Says how much there was to write, and how much room."""
-    cause = error
-    while cause.__context__ is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
-    counter = _Hashing()
-    with contextlib.suppress(Exception):  # then it was not the disk
-        write(counter)
-    try:
-        room = f"{shutil.disk_usage(path.parent).free} bytes are free"
-    except OSError:
-        room = "the folder cannot be read"
-    return CheckpointError(
-        f"{path}: cannot be written ({reason}); it needs {counter.length} bytes, {room}. What was "
-        "there before is untouched."
-    )
 
 
 def _sha256(path: Path) -> str:

@@ -214,7 +214,16 @@ def class_frequencies(name: str, power: float = 1.0) -> list[float]:
 
 
 def class_names(given: str, names: str | Sequence[str]) -> ClassNames:
-    """The classes of weights, as `read_class_names` takes them, and of loaded data sets."""
+    """The classes of weights, as `read_class_names` takes them, and of loaded data sets.
+
+    Raises:
+        ValueError: no data set is named.
+    """
+    if not names:
+        raise ValueError(
+            "train.init_classes needs the names of data sets in dataloader.train.dataset.names "
+            "(in yacs, MODEL.WEIGHTS_CLASSES needs DATASETS.TRAIN)"
+        )
     name = names if isinstance(names, str) else names[0]
     return ClassNames(read_class_names(given), MetadataCatalog.get(name).thing_classes)
 

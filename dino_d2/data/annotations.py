@@ -82,7 +82,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, str) or _is_integer(value)
+    return _is_name(value) or _is_integer(value)
 
 
 def _is_name(value: object) -> bool:
@@ -171,7 +171,7 @@ def _wrong_image(entry: dict, ids: set) -> tuple[str, tuple[str, ...]]:
     """(reason, fields to show) of what makes an image unusable; empty without."""
     number, file = entry.get("id"), entry.get("file_name")
     if not _is_id(number):
-        return "image id is neither an integer nor a string", ("id",)
+        return "image id is neither an integer nor a text that can be printed", ("id",)
     if number in ids:
         return "image id twice", ("id",)
     if not _is_name(file):
@@ -211,7 +211,7 @@ def _wrong_field(entry: dict, images: dict, categories: set[int]) -> tuple[str, 
     """(level, reason, field) of the first field that cannot be used; empty strings without."""
     box, category = entry.get("bbox"), entry.get("category_id")
     if not _is_id(entry.get("image_id")):
-        return "error", "image_id is neither an integer nor a string", "image_id"
+        return "error", "image_id is neither an integer nor a text that can be printed", "image_id"
     if not _is_integer(category):
         return "error", "category_id is no integer", "category_id"
     if category not in categories:

@@ -97,17 +97,16 @@ def check_splits_apart(first: Checked, second: Checked) -> None:
 def _adapt_names(
     entries: list[dict], root: str | os.PathLike, file_parts: int | None, findings: Findings
 ) -> None:
+    last = slice(-file_parts if file_parts else None, None)
     for entry in entries:
         name = entry.get("file_name")
         if not isinstance(name, str):
             continue
-        if file_parts:
-            name = "/".join(name.split("/")[-file_parts:])
-        plain, of_windows = forms_of(name)
+        plain, of_windows = ("/".join(form.split("/")[last]) for form in forms_of(name))
         if plain != of_windows and not os.path.exists(os.path.join(root, plain)):
             findings.add("converted", "file_name with backslashes, which become slashes", plain)
-            name = of_windows
-        entry["file_name"] = name
+            plain = of_windows
+        entry["file_name"] = plain
 
 
 def _fill_sizes(entries: list[dict], root: str | os.PathLike, findings: Findings) -> None:

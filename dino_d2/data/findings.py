@@ -44,7 +44,8 @@ class Findings:
         self._counts[key] = self._counts.get(key, 0) + count
         places = self._places.setdefault(key, [])
         if place and len(places) < _EXAMPLES:
-            places.append(place)
+            # halves of characters, as in a json's "\\ud800", cannot be printed
+            places.append(place.encode(errors="backslashreplace").decode())
 
     def all(self, *levels: str) -> list[Finding]:
         """Those of the given levels, or of all, the gravest first."""

@@ -95,7 +95,8 @@ def _find_in_folder(folder: Path) -> dict[str, Source]:
             by_split.setdefault(split, []).append(file)
     for split in ("train", "val"):  # rather than train without it
         if split in unusable and split not in by_split:
-            raise unusable[split]
+            way_out = "move it away or give 'annotations.json:image_folder'"
+            raise DataError(f"{unusable[split]}; {way_out}") from unusable[split]
     if None in by_split:
         by_split.setdefault("train", []).extend(by_split.pop(None))
     for split, candidates in by_split.items():

@@ -1,11 +1,11 @@
-"""Writes files whole or not at all."""
+"""Writes texts and COCO-format jsons, whole or not at all."""
 
 import contextlib
 import json
 import os
 from pathlib import Path
 
-from ..checkpoint.io import replace_file
+from ..files import replace_file
 
 
 def write_annotations(content: dict, path: str | os.PathLike) -> None:
@@ -17,9 +17,9 @@ def write_text(text: str, path: str | os.PathLike) -> None:
     """Write a file, and its folder.
 
     Raises:
-        CheckpointError: it cannot be written. What was there before is untouched.
+        WritingError: it cannot be written. What was there before is untouched.
     """
     path = Path(path)
     with contextlib.suppress(OSError):  # writing says what is wrong
         path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: file.write(text.encode()), checksum=False)
+    replace_file(path, lambda file: file.write(text.encode()))

@@ -10,12 +10,12 @@ Exits with 1 if the data cannot be used. --write keeps what is usable, so that i
 import argparse
 import sys
 
-from ..checkpoint import CheckpointError
 from ..data.check import Checked, check_data_set, check_splits_apart
 from ..data.findings import DataError
 from ..data.layouts import find_sources
 from ..data.writing import write_annotations
 from ..diagnostics.data_page import write_page
+from ..files import WritingError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.write:
             write_annotations(splits["train"].content, args.write)
             print(f"usable part of {splits['train'].annotations}: {args.write}")
-    except (DataError, CheckpointError) as error:
+    except (DataError, WritingError) as error:
         sys.exit(str(error))
     if any(checked.findings.count("error") for checked in splits.values()):
         sys.exit(1)

@@ -27,6 +27,7 @@ from ..data.coco import read_class_names
 from ..data.findings import DataError
 from ..data.layouts import find_sources, split_content
 from ..data.writing import write_annotations, write_text
+from ..files import WritingError
 from .check_dataset import check_sources, print_findings
 
 MIN_ITERATIONS = 3000  # small data sets are passed over more often
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         text = make_config(splits, config, args)
         path = Path(args.out) / "train_config.py"
         write_text(text, path)
-    except (DataError, CheckpointError, KeyError) as error:
+    except (DataError, CheckpointError, WritingError, KeyError) as error:
         sys.exit(f"not trained: {error.args[0]}")
     print(f"\n{path}:\n\n{text}", flush=True)
     if not args.dry_run:

@@ -156,6 +156,15 @@ def test_another_number_of_classes_is_an_error_that_says_what_to_set(shapes, as_
         check_num_classes([shapes] if as_list else shapes, 80)
 
 
+@pytest.mark.parametrize("names", [[], (), ""])
+def test_classes_of_no_data_set_are_an_error_that_says_what_to_set(names):
+    from dino_d2.d2.data import class_names
+
+    message = r"train\.init_classes needs .* dataloader\.train\.dataset\.names .*DATASETS\.TRAIN"
+    with pytest.raises(ValueError, match=message):
+        class_names("coco", names)
+
+
 def red_box(image):
     """Corners around the red pixels of a (3, H, W) image."""
     red = (image[0] > 127).numpy()

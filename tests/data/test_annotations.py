@@ -77,6 +77,11 @@ REFUSED = {
     "crowd of 2": (changed(annotations={"iscrowd": 2}), OBJECT + "iscrowd 2"),
     "image id twice": (added("images"), "images[2], id 9"),
     "image id null": (changed(images={"id": None}), "images[1], id null"),
+    "image id of half a character": (changed(images={"id": "\ud800"}), r'id "\ud800"'),
+    "image of half a character": (
+        changed(annotations={"image_id": "\ud800"}),
+        r'image "\ud800", annotation 2',
+    ),
     "image ids mixed": (changed(images={"id": "9"}), "some image ids are integers"),
     "no file name": (changed(images={"file_name": GONE}), "id 9, file_name null"),
     "width 0": (changed(images={"width": 0}), "id 9, width 0, height 50"),

@@ -52,6 +52,36 @@ def test_file_names_of_windows_are_converted(tmp_path):
     assert [i["file_name"] for i in checked.content["images"]] == [r"c\a.png", "c/b.png"]
 
 
+def test_file_names_of_windows_are_cut_where_slashes_belong(tmp_path):
+    content = changed(images={"file_name": r"c/d\b.png"})
+    content["images"][0]["file_name"] = r"c\d\a.png"
+    path, _ = write(tmp_path, content)
+    checked = load_checked(path, tmp_path, file_parts=1)
+    assert [i["file_name"] for i in checked.content["images"]] == ["a.png", "b.png"]
+    assert checked.findings.count("converted") == 2
+    (tmp_path / "b.png").rename(tmp_path / r"d\b.png")  # has this name
+    checked = load_checked(path, tmp_path, file_parts=1)
+    assert [i["file_name"] for i in checked.content["images"]] == ["a.png", r"d\b.png"]
+    assert checked.findings.count("converted") == 1
+
+
+HALF = "\ud800"
+HALVES = {
+    "id": {"id": HALF},
+    "id, no file": {"id": HALF, "file_name": "none.png", "width": GONE},
+    "file": {"file_name": HALF},
+    "file, no size": {"file_name": HALF, "width": GONE},
+    "file of Windows": {"file_name": rf"{HALF}\b.png"},
+}
+
+
+@pytest.mark.parametrize("fields", HALVES.values(), ids=HALVES)
+def test_findings_about_halves_of_characters_can_be_printed(tmp_path, fields):
+    checked = check_data_set(*write(tmp_path, changed(images=fields)))
+    assert rb"\ud800" in messages(checked, "error").encode()
+    messages(checked).encode()
+
+
 def test_a_path_that_leaves_the_folder_is_an_error(tmp_path):
     paths = write(tmp_path, changed(images={"file_name": "../b.png"}))
     with pytest.raises(DataError, match=r"image 9: file_name '../b.png' leads out"):

@@ -97,6 +97,11 @@ def test_a_split_whose_json_is_damaged_is_an_error(tmp_path):
         with pytest.raises(DataError, match=rf"{name}: not valid json, perhaps cut off"):
             find_sources(folder)
         (folder / name).unlink()
+    (folder / "val_results.json").write_text("[]")
+    way_out = r"holds a list.*; move it away or give 'annotations\.json:image_folder'"
+    with pytest.raises(DataError, match=rf"val_results\.json: {way_out}"):
+        find_sources(folder)
+    (folder / "val_results.json").unlink()
     path.write_text("[]")
     with pytest.raises(DataError, match=r"no COCO-format json .*annotations\.json: holds a list"):
         find_sources(folder)

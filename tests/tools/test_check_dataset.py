@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -57,6 +58,15 @@ def test_what_cannot_be_written_is_an_error(shapes, tmp_path, option):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"file/x: cannot be written \(Not a directory\)"):
         check_dataset.main([str(shapes), option, str(tmp_path / "file" / "x")])
+
+
+@pytest.mark.parametrize("option", ["--page", "--write"])
+def test_what_is_no_file_is_not_replaced(shapes, tmp_path, option):
+    """As a device, which root could replace."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit, match=r"pipe: cannot be written; .* no regular file"):
+        check_dataset.main([str(shapes), option, str(tmp_path / "pipe")])
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_what_is_usable_can_be_kept(shapes, tmp_path, capsys):
