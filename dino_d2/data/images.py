@@ -15,6 +15,8 @@ from .findings import DataError
 # Others start programs (EPS), unpack without bound (FITS) or are documents (PDF).
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
+_WEBP_COPIES = 3  # its decoder takes so many times as much memory as others
+_STRIP = 256  # rows that are converted at a time
 MAX_RATIO = 100  # of the sides: thinner images vanish when they are resized
 _TURN = Image.Transpose
 _EXIF_TURNS = {
@@ -94,10 +96,10 @@ def read_image(path: str | os.PathLike) -> tuple[np.ndarray, ImageFacts]:
         if facts.format == "PNG":  # decoding does not look at its checksums
             with Image.open(path, formats=("PNG",)) as file:
                 file.verify()
-        rgb = _to_rgb(image, deep)
+        shallow = _to_8_bits(image, deep)
         if facts.orientation in _EXIF_TURNS:
-            rgb = rgb.transpose(_EXIF_TURNS[facts.orientation])
-        return np.asarray(rgb), facts
+            shallow = shallow.transpose(_EXIF_TURNS[facts.orientation])
+        return _to_array(shallow), facts
 
 
 def looks_damaged(path: str | os.PathLike) -> bool:
@@ -137,8 +139,9 @@ def _wrong_kind(path: str | os.PathLike) -> str:
 
 def _check(image: Image.Image) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels are more than {MAX_PIXELS}; cut it into tiles")
+    most = MAX_PIXELS // (_WEBP_COPIES if image.format == "WEBP" else 1)
+    if width * height > most:
+        raise DataError(f"{width} x {height} pixels are more than {most}; cut it into tiles")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise DataError(f"{width} x {height} pixels are too thin to be resized")
     if image.mode in ("I", "F"):
@@ -179,7 +182,7 @@ def _is_16_bit(image: Image.Image) -> bool:
     return image.mode in _SIXTEEN_BIT or ";16" in str(image.tile[:1])
 
 
-def _to_rgb(image: Image.Image, deep: bool) -> Image.Image:
+def _to_8_bits(image: Image.Image, deep: bool) -> Image.Image:
     if image.mode in _SIXTEEN_BIT:
         values = np.asarray(image)
         image = Image.fromarray((values // 257).astype(np.uint8))
@@ -187,6 +190,20 @@ def _to_rgb(image: Image.Image, deep: bool) -> Image.Image:
         raise DataError(
             "its 16-bit values use 12 bits or fewer: their range is not known; convert it to 8 bits"
         )
+    return image
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """(h, w, 3) in RGB; strip by strip, for conversions copy what they convert several times."""
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        pixels[top : top + _STRIP] = np.asarray(_to_rgb(strip))
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if _has_alpha(image):
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

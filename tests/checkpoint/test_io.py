@@ -10,6 +10,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from figures import report
 
 from dino_d2.checkpoint import CheckpointError, read_weights, write_weights
 from dino_d2.checkpoint.io import read_content
@@ -220,10 +221,21 @@ def test_arrays_without_numbers_are_an_error(tmp_path):
         read_weights(tmp_path / "names.pkl")
 
 
+@pytest.fixture(scope="module")
+def executions():
+    """Whether each hostile file has run its code."""
+    seen = []
+    yield seen
+    report(f"hostile checkpoints that run code, of {len(seen)}", sum(seen))
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("environment", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
 @pytest.mark.parametrize("where", ["beside", "in arguments", "in an array"])
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_payload_is_refused_and_does_not_run(tmp_path, monkeypatch, suffix, where, environment):
+def test_payload_is_refused_and_does_not_run(
+    tmp_path, monkeypatch, executions, suffix, where, environment
+):
     if environment:
         monkeypatch.setenv(environment, "1")
     victim = tmp_path / "victim"
@@ -240,7 +252,8 @@ def test_payload_is_refused_and_does_not_run(tmp_path, monkeypatch, suffix, wher
         torch.save(content, path)
     with pytest.raises(CheckpointError, match=rf"evil\{suffix}: refused.*asks for \w+\.") as error:
         read_weights(path)
-    assert not victim.exists()
+    executions.append(victim.exists())
+    assert not executions[-1]
     assert "weights_only" not in str(error.value)  # no advice to read it all the same
 
 

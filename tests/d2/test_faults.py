@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from figures import FULL, only_full, report
 from jobs import Job
 from shapes_run import make_data
 from torch import nn
@@ -23,13 +24,7 @@ pytestmark = [  # a forked process must not wait for threads that it has not
     pytest.mark.usefixtures("one_thread"),
 ]
 
-FULL = os.environ.get("FAULTS") == "full"
-only_full = pytest.mark.skipif(not FULL, reason="one of `make test-faults`")
 MODES = ("periodic", "periodic and best", "best alone")
-
-
-def report(figure, value):
-    print(f"\n[figure] {figure}: {value}")
 
 
 @pytest.fixture(scope="module")

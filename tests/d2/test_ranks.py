@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 
 import pytest
+from figures import only_full
 from jobs import command, environment
 from shapes_run import make_data
 
@@ -113,7 +114,7 @@ def test_machines_need_a_place_to_meet():
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="one of `make test-faults`")
+@only_full
 def test_torchrun(tmp_path):
     """It starts the processes, and they are one job."""
     data = make_data(tmp_path / "data", num_images=4)

@@ -1,20 +1,17 @@
 """Training sharded over two processes, against the same with a copy of the model in each."""
 
-import os
 import re
 import shutil
 
 import pytest
 import torch
+from figures import only_full
 from jobs import environment
 from shapes_run import make_config, make_data, overrides, train_net
 
 pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 3
-only_full = pytest.mark.skipif(
-    os.environ.get("FAULTS") != "full", reason="one of `make test-faults`"
-)
 SETTINGS = [
     "optimizer.eps=0.001",  # AdamW blows up the rounding of gradients that are 0
     "train.ema.decay=0.9",

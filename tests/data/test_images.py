@@ -3,10 +3,13 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
+from figures import report
 from PIL import Image
 
 from dino_d2.data.findings import DataError
@@ -169,6 +172,47 @@ def test_unfit_files_are_named(tmp_path, case):
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(DataError, match=rf"x\.jpg: {message}"):
         read_image(tmp_path / "x.jpg")
+
+
+MEASURE = """
+import resource, sys
+from dino_d2.data.images import read_image
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_image(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("name", "side"), [("x.png", 9400), ("x.gif", 9400), ("x.webp", 5400)])
+def test_a_small_file_of_many_pixels_takes_little_memory(tmp_path, name, side):
+    """Just below the limits, in a process of its own."""
+    picture = Image.new("RGB" if name == "x.webp" else "1", (side, side))
+    path = save(tmp_path, picture, name, lossless=True)
+    assert path.stat().st_size < 1 << 17
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True
+    )
+    mebibytes = int(found.stdout) / 1024
+    report(f"MiB for {side} x {side} pixels in a file of {path.stat().st_size} bytes", mebibytes)
+    assert mebibytes < 512
+
+
+def test_webp_images_may_have_fewer_pixels(tmp_path):
+    path = save(tmp_path, Image.new("RGB", (5500, 5500)), "x.webp")
+    with pytest.raises(DataError, match=r"5500 x 5500 pixels are more than 29826161"):
+        read_facts(path)
+
+
+def test_strips_make_a_whole(tmp_path):
+    """Several strips, the last one shorter, turned and not."""
+    values = np.random.default_rng(0).integers(0, 256, (600, 37, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(values)
+    assert (read_image(save(tmp_path, picture))[0] == values).all()
+    turned, _ = read_image(save(tmp_path, picture, exif=exif))
+    assert (turned == np.rot90(values, -1)).all()
 
 
 def test_what_is_no_file_is_named(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from figures import FULL, report
 from machine import find_nvcc
 from reference import ms_deform_attn_fused_loop, ms_deform_attn_loop
 
@@ -52,14 +53,18 @@ def sanitized(tmp_path_factory):
 
 
 @compiler
+@pytest.mark.faults
 @pytest.mark.parametrize(("isa", "calls"), [("baseline", 2000), ("avx2", 4000), ("avx512", 4000)])
 def test_ten_thousand_calls_under_sanitizers(sanitized, isa, calls):
+    """A hundred thousand in `make test-faults`."""
+    calls *= 10 if FULL else 1
     library, environment = sanitized
     command = [sys.executable, str(HERE / "sanitized_calls.py"), str(library), str(calls)]
     environment = {**environment, "DINO_D2_ISA": isa}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.match(rf"{calls} calls, \d{{3}} refused", result.stdout)
+    refused = re.match(rf"{calls} calls, (\d{{3,}}) refused", result.stdout)
+    report(f"sanitizers' errors in {calls} calls ({isa}), {refused[1]} of them wrong", 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,13 @@
+"""Drills of `make test-faults`, and the figures that they print."""
+
+import os
+
+import pytest
+
+FULL = os.environ.get("FAULTS") == "full"
+only_full = pytest.mark.skipif(not FULL, reason="one of `make test-faults`")
+
+
+def report(figure, value):
+    """A line that tells what a drill has measured."""
+    print(f"\n[figure] {figure}: {value}")
