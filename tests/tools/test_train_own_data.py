@@ -182,7 +182,7 @@ def test_the_process_becomes_that_of_training(tmp_path, monkeypatch):
     (command,) = commands
     assert command[0] == sys.executable
     assert command[-5:] == ["--config-file", str(tmp_path / "out" / "train_config.py"),
-                            "--num-gpus", "1", "train.seed=1"]  # fmt: skip
+                            "--num-gpus", "0", "train.seed=1"]  # fmt: skip
 
 
 @pytest.mark.usefixtures("_with_detectron2")
