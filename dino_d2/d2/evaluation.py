@@ -20,10 +20,9 @@ def evaluate_checked(
     model: nn.Module,
     loader: DataLoader,
     evaluator: DatasetEvaluator | list[DatasetEvaluator],
-    signals: StopSignals,
     timeout: float,
 ) -> dict:
-    """The evaluator's results on every image of a loader.
+    """The evaluator's results on every image of a loader. The signals that are active end it.
 
     Args:
         timeout: seconds for a batch.
@@ -34,6 +33,7 @@ def evaluate_checked(
     """
     if isinstance(evaluator, list):
         evaluator = DatasetEvaluators(evaluator)
+    signals = StopSignals.active or StopSignals()
     batches = UntilStopped(watch_workers(loader, timeout), signals, timeout)
     checked = CheckedEvaluator(evaluator, len(loader.dataset), signals)
     return inference_on_dataset(model, batches, checked)

@@ -110,8 +110,8 @@ def _train(cfg: DictConfig, resume: bool, signals: StopSignals) -> dict:
     def run_evaluation() -> dict:
         if ema is not None:  # first, for files of detections are to be those of the raw weights
             with ema.applied():
-                results.update(ema=evaluate(cfg, parallel, signals))
-        results.update(evaluate(cfg, parallel, signals))
+                results.update(ema=evaluate(cfg, parallel))
+        results.update(evaluate(cfg, parallel))
         if is_sharded(parallel):  # all take part in saving, and so in judging what is best
             results.update(comm.all_gather(results)[0])
         return results
@@ -170,13 +170,10 @@ def _hooks(
     ]
 
 
-def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = None) -> dict:
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     """Results of the config's evaluator on its test set; {} without one.
 
     Runs in the precision of training.
-
-    Args:
-        signals: end the evaluation when one comes.
 
     Raises:
         EvaluationError: see `CheckedEvaluator`.
@@ -184,7 +181,6 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
     """
     if "evaluator" not in cfg.dataloader:
         return {}
-    signals = signals or StopSignals()
     loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
     bare = getattr(model, "module", model)
@@ -193,7 +189,7 @@ def evaluate(cfg: DictConfig, model: nn.Module, signals: StopSignals | None = No
         for buffer in bare.buffers():
             distributed.broadcast(buffer, 0)
     with autocast(bare.device.type, _precision(cfg)), gathered(model):
-        results = evaluate_checked(model, loader, evaluator, signals, cfg.train.worker_timeout)
+        results = evaluate_checked(model, loader, evaluator, cfg.train.worker_timeout)
     print_csv_format(results)
     return results
 

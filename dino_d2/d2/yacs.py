@@ -207,10 +207,9 @@ class DetrTrainer(DefaultTrainer):
         """As `DefaultTrainer`'s, with every detection checked; a signal to stop ends it."""
         names, results = cfg.DATASETS.TEST, {}
         evaluators = evaluators or [cls.build_evaluator(cfg, name) for name in names]
-        signals = StopSignals.active or StopSignals()
         for name, evaluator in zip(names, evaluators, strict=True):
             loader = cls.build_test_loader(cfg, name)
-            results[name] = evaluate_checked(model, loader, evaluator, signals, WORKER_TIMEOUT)
+            results[name] = evaluate_checked(model, loader, evaluator, WORKER_TIMEOUT)
             if comm.is_main_process():
                 print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results

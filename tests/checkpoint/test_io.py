@@ -10,7 +10,7 @@ import resource
 import numpy as np
 import pytest
 import torch
-from figures import report
+from figures import tally
 
 from dino_d2.checkpoint import CheckpointError, read_weights, write_weights
 from dino_d2.checkpoint.io import read_content
@@ -221,12 +221,7 @@ def test_arrays_without_numbers_are_an_error(tmp_path):
         read_weights(tmp_path / "names.pkl")
 
 
-@pytest.fixture(scope="module")
-def executions():
-    """Whether each hostile file has run its code."""
-    seen = []
-    yield seen
-    report(f"hostile checkpoints that run code, of {len(seen)}", sum(seen))
+executions = tally("hostile checkpoints that run code")
 
 
 @pytest.mark.faults

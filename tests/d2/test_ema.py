@@ -90,9 +90,9 @@ def test_a_run_evaluates_and_keeps_both(data, tmp_path, monkeypatch):
     module = importlib.import_module("dino_d2.d2.train")
     seen, evaluate = [], module.evaluate
 
-    def watched(cfg, model, signals=None):
+    def watched(cfg, model):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return evaluate(cfg, model, signals)
+        return evaluate(cfg, model)
 
     monkeypatch.setattr(module, "evaluate", watched)
     settings = ["train.ema.decay=0.9", "train.best_metric=ema/bbox/AP", "optimizer.lr=0.01"]
